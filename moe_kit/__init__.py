@@ -1,0 +1,1 @@
+"""moe_kit: routed adapters, expert routers and layer routers for Hugging Face models."""
