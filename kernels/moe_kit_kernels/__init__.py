@@ -21,6 +21,7 @@ _EXPORTS: dict[str, str] = {
     "lora_down": "moe_kit_kernels.lora_experts",
     "lora_up": "moe_kit_kernels.lora_experts",
     "lora_linear": "moe_kit_kernels.lora_linear",
+    "lora_linear_group": "moe_kit_kernels.lora_linear",
     "lora_grouped": "moe_kit_kernels.lora_grouped",
     "topk_gate": "moe_kit_kernels.topk_gate",
     "grouped_mm": "moe_kit_kernels.grouped_mm",

@@ -1,0 +1,1 @@
+"""Pieces that several operators share: argument checks and small cached constants."""

@@ -1,0 +1,200 @@
+"""Autograd of LoRA experts on the dense implementation: one function for lora_experts and lora_linear.
+
+For n projections i that share x and the routing:
+
+    y_i = base_i + scale * sum_k w_k B_i,e A_i,e x,     base_i = given, or x W_i^T + bias_i computed here
+
+Computing the base inside writes y once and accumulates dx = sum_i dy_i W_i + dH A without a separate addition.
+Kept for the backward: x (shared with the caller), H of the chosen experts [P, L], the weights, the plan's ids, and
+the parameters. Nothing of size P*O, P*D or T*E*L.
+
+Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = sum of E*L over projections.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_kit_kernels.errors import KernelError
+from moe_kit_kernels.lora_experts import cpu
+from moe_kit_kernels.route_plan import RoutePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What n projections over one x and one routing have in common; not a tensor in it but the plan's."""
+
+    plan: RoutePlan | None
+    """The routing; None when every expert is chosen and the weights are [T, E]."""
+    scale: float
+    """Factor on the adapters' sum."""
+    projections: int
+    """n."""
+    linear: bool
+    """True: `bases` are frozen weights [O, D] and the base product is computed here. False: they are results [T, O] or None."""
+    overwrite_base: bool = False
+    """The caller owns the base results and lets them be overwritten."""
+
+
+class DenseLoraGroup(torch.autograd.Function):
+    """n projections as plain GEMMs; see the module's docstring.
+
+    `apply(group, x_TD, weights, *bases, *biases, *A, *B)` -> tuple of n results [T, O_i].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, x_TD: Tensor, weights: Tensor, *tensors: Tensor | None) -> Any:
+        """Compute the n results."""
+        n = group.projections
+        bases, biases, A, B = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
+        dtype = torch.promote_types(x_TD.dtype, A[0].dtype)
+        ranks = tuple(a.shape[1] for a in A)
+        E = A[0].shape[0]
+        xc_TD = x_TD.to(dtype)
+
+        H_TC = xc_TD @ cpu.join_down(A, dtype).t()
+        needs = ctx.needs_input_grad
+        # H is read by the gradients of the weights and of B only
+        kept = cpu.keep_chosen(H_TC, group.plan, ranks) if needs[2] or any(needs[3 + 3 * n :]) else ()
+        if kept and kept[0] is H_TC:
+            H_TC = H_TC.clone()
+        expand_EC = cpu.expansion(E, ranks, group.scale, torch.promote_types(weights.dtype, torch.float32))
+        G_TC = cpu.weigh(H_TC, cpu.gates(group.plan, weights).to(expand_EC.dtype), expand_EC)
+
+        results = []
+        dirty = []
+        column = 0
+        for base, bias, b_EOL in zip(bases, biases, B, strict=True):
+            width = E * b_EOL.shape[2]
+            part_TC = G_TC[:, column : column + width]
+            column += width
+            Bt_CO = cpu.join_up(b_EOL, dtype).t()
+            if base is None:
+                y_TO = part_TC @ Bt_CO
+                results.append(y_TO.to(x_TD.dtype))
+                continue
+            if group.linear:
+                base_TO = torch.nn.functional.linear(x_TD, base, bias)
+                owned = True
+            else:
+                base_TO, owned = base, group.overwrite_base
+            if base_TO.dtype == dtype:
+                results.append(base_TO.addmm_(part_TC, Bt_CO) if owned else torch.addmm(base_TO, part_TC, Bt_CO))
+            elif owned:
+                # adapters wider than the base: the sum is rounded once
+                results.append(base_TO.copy_((part_TC @ Bt_CO).add_(base_TO)))
+            else:
+                results.append((part_TC @ Bt_CO).add_(base_TO).to(base_TO.dtype))
+            if owned and not group.linear:
+                dirty.append(base)
+        if dirty:
+            ctx.mark_dirty(*dirty)
+
+        frozen = [
+            (w, w._version) if group.linear and any(needs) and w.is_leaf and not w.requires_grad else None
+            for w in bases
+        ]
+        # a frozen weight stays out of the saved tensors: hooks that offload or pin those must not touch it
+        trained = [w if group.linear and f is None else None for w, f in zip(bases, frozen, strict=True)]
+        ctx.group, ctx.frozen, ctx.kept_count = group, frozen, len(kept)
+        ctx.save_for_backward(x_TD, weights, *trained, *A, *B, *kept)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        """Compute the gradients that are asked for."""
+        group, n = ctx.group, ctx.group.projections
+        plan = group.plan
+        x_TD, weights, *saved = ctx.saved_tensors
+        trained, A, B, kept = saved[:n], saved[n : 2 * n], saved[2 * n : 3 * n], tuple(saved[3 * n :])
+        needs = ctx.needs_input_grad
+        need_x, need_weights = needs[1], needs[2]
+        need_base, need_bias = needs[3 : 3 + n], needs[3 + n : 3 + 2 * n]
+        need_A, need_B = needs[3 + 2 * n : 3 + 3 * n], needs[3 + 3 * n :]
+
+        dtype = torch.promote_types(x_TD.dtype, A[0].dtype)
+        ranks = tuple(a.shape[1] for a in A)
+        E, C = A[0].shape[0], A[0].shape[0] * sum(ranks)
+        columns = [E * rank for rank in ranks]
+        gate_dtype = torch.promote_types(weights.dtype, torch.float32)
+        expand_EC = cpu.expansion(E, ranks, group.scale, gate_dtype)
+        factors_TC = (gates_TE1 := cpu.gates(plan, weights).to(gate_dtype)) @ expand_EC[: gates_TE1.shape[1]]
+        dycs = [dy.to(dtype) for dy in dys]
+
+        dx = dweights = None
+        dA: list[Tensor | None] = [None] * n
+        dB: list[Tensor | None] = [None] * n
+
+        if need_x or need_weights or any(need_A):
+            U_TC = x_TD.new_empty(x_TD.shape[0], C, dtype=dtype)
+            for dy_TO, b_EOL, out in zip(dycs, B, U_TC.split(columns, dim=1), strict=True):
+                torch.mm(dy_TO, cpu.join_up(b_EOL, dtype), out=out)
+        if kept:
+            H_TC = cpu.spread_chosen(kept, plan, ranks)
+            if need_weights:
+                dweights = cpu.gate_gradient(U_TC, H_TC, expand_EC, plan, weights).to(weights.dtype)
+            if any(need_B):
+                # without a plan H is the saved tensor itself and must stay as it is
+                fresh = plan is not None and H_TC.dtype == factors_TC.dtype
+                G_TC = H_TC.mul_(factors_TC) if fresh else (H_TC * factors_TC).to(dtype)
+                for i, (dy_TO, part_TC) in enumerate(zip(dycs, G_TC.split(columns, dim=1), strict=True)):
+                    if need_B[i]:
+                        dB_OEL = (dy_TO.t() @ part_TC).view(-1, E, ranks[i])
+                        dB[i] = dB_OEL.permute(1, 0, 2).to(B[i].dtype, memory_format=torch.contiguous_format)
+        if need_x or any(need_A):
+            dH_TC = U_TC.mul_(factors_TC) if U_TC.dtype == factors_TC.dtype else (U_TC * factors_TC).to(dtype)
+            if any(need_A):
+                dA_CD = dH_TC.t() @ x_TD.to(dtype)
+                dA = [
+                    part.view(E, rank, -1).to(a.dtype)
+                    for part, rank, a in zip(dA_CD.split(columns), ranks, A, strict=True)
+                ]
+        if need_x:
+            weights_OD = [ctx_weight(f, t) for f, t in zip(ctx.frozen, trained, strict=True)] if group.linear else []
+            for dy_TO, w_OD in zip(dys, weights_OD, strict=False):
+                dy_TO = dy_TO.to(w_OD.dtype)
+                dx = dy_TO @ w_OD if dx is None else dx.addmm_(dy_TO, w_OD)
+            A_CD = cpu.join_down(A, dtype)
+            if dx is not None and dx.dtype == dtype:
+                dx.addmm_(dH_TC, A_CD)
+            else:
+                delta_TD = dH_TC @ A_CD
+                dx = (delta_TD if dx is None else delta_TD.add_(dx)).to(x_TD.dtype)
+
+        dbase: list[Tensor | None] = [None] * n
+        dbias: list[Tensor | None] = [None] * n
+        for i, dy_TO in enumerate(dys):
+            if need_base[i]:
+                dbase[i] = dy_TO.t() @ x_TD.to(dy_TO.dtype) if group.linear else dy_TO
+            if need_bias[i]:
+                dbias[i] = dy_TO.sum(0)
+        return None, dx, dweights, *dbase, *dbias, *dA, *dB
+
+
+def ctx_weight(frozen: tuple[Tensor, int] | None, trained: Tensor | None) -> Tensor:
+    """Take a base weight back from where the forward put it.
+
+    Args:
+        frozen: the frozen weight and its version in the forward, or None.
+        trained: the weight from the saved tensors, or None.
+
+    Returns:
+        The weight [O, D].
+
+    Raises:
+        KernelError: a frozen weight was changed in place between forward and backward.
+    """
+    if frozen is None:
+        assert trained is not None
+        return trained
+    weight, version = frozen
+    if weight._version != version:
+        raise KernelError(
+            f"lora_linear: the frozen weight is at version {weight._version}, expected {version}: it was changed in "
+            "place between forward and backward. Change (merge, load) weights outside of a training step."
+        )
+    return weight

@@ -1,0 +1,198 @@
+"""Routed LoRA experts as a few plain GEMMs, forward and backward by hand (the `dense` implementation).
+
+All experts' A are one matrix [E*L, D] and all B one matrix [O, E*L]; the routing is a mask in rank space. With
+G = [T, E] the dense gates and X = [E, E*L] ones on the block diagonal (times `scale`):
+
+    Hd = x A^T              [T, E*L]   every expert's hidden
+    M  = G X                [T, E*L]   scale * weight, repeated over the rank
+    y  = base + (Hd * M) B^T
+
+    U  = dy B               dw = rowsum of U * Hd per expert     (gate gradient in rank space, never O wide)
+    dH = U * M              dA = dH^T x,   dB = dy^T (Hd * M),   dx = dy W + dH A
+
+Expansion by a tiny GEMM with X costs a fifth of a broadcast multiply over rows of L = 8 numbers. The last row of X is
+zero and belongs to dropped pairs, so empty slots need no masking anywhere. Kept for the backward is only H of the
+chosen experts [P, L], gathered before it is weighed; the backward scatters it back (repeated ids write equal values).
+
+Several projections that read one x (q, k, v) share the GEMMs of A: columns are projection-major, then expert, then rank.
+
+Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = all columns = sum of E*L over projections.
+
+It is not sparse in compute: E/K times the FLOPs of the chosen experts; `sorted.py` is.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moe_kit_kernels.route_plan import RoutePlan
+
+
+@lru_cache(maxsize=256)
+def expansion(num_experts: int, ranks: tuple[int, ...], scale: float, dtype: torch.dtype) -> Tensor:
+    """Build X: the matrix that repeats gates over the rank columns of every projection.
+
+    Args:
+        num_experts: E.
+        ranks: L of each projection.
+        scale: value of the non-zero entries.
+        dtype: dtype of the gates.
+
+    Returns:
+        [E + 1, C]; the last row, of dropped pairs, is zero. Cached: do not write to it.
+    """
+    blocks = [
+        torch.eye(num_experts + 1, num_experts, dtype=dtype).mul_(scale).repeat_interleave(rank, dim=1)
+        for rank in ranks
+    ]
+    return torch.cat(blocks, dim=1)
+
+
+def gates(plan: RoutePlan | None, weights: Tensor) -> Tensor:
+    """Put the weights of the pairs in a dense table.
+
+    Args:
+        plan: the routing; None when `weights` is already [T, E].
+        weights: [P], [T, K], or [T, E] without a plan.
+
+    Returns:
+        [T, E + 1] with the sum of dropped pairs' weights last, or [T, E] without a plan.
+    """
+    if plan is None:
+        return weights
+    width = plan.num_experts + 1
+    table = weights.new_zeros(plan.num_tokens * width)
+    return table.scatter_add_(0, plan.gate_index_P, weights.reshape(-1)).view(-1, width)
+
+
+def chosen_rows(plan: RoutePlan, projections: int) -> Tensor:
+    """Rows of the chosen experts in a [T * projections * E, L] view of the columns.
+
+    Args:
+        plan: the routing. Dropped pairs point at expert 0 of their token, where reading is harmless.
+        projections: number of projections that share x and have one rank.
+
+    Returns:
+        [P * projections] int64; computed once a plan and number.
+    """
+    kept = plan.__dict__.setdefault("_chosen_rows", {})
+    if projections not in kept:
+        E = plan.num_experts
+        expert_P = torch.where(plan.expert_P == E, 0, plan.expert_P)
+        first_P = plan.token_P * (projections * E) + expert_P
+        if projections > 1:
+            first_P = (first_P[:, None] + torch.arange(projections, device=first_P.device) * E).reshape(-1)
+        kept[projections] = first_P
+    return kept[projections]
+
+
+def keep_chosen(columns_TC: Tensor, plan: RoutePlan | None, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Gather the chosen experts' columns: what the backward needs of H.
+
+    Args:
+        columns_TC: [T, C] every expert's hidden.
+        plan: the routing; None keeps all columns (every expert is chosen).
+        ranks: L of each projection.
+
+    Returns:
+        One [P * projections, L] tensor when the ranks are equal, else one [P, L] a projection.
+    """
+    if plan is None:
+        return (columns_TC,)
+    if len(set(ranks)) == 1:
+        rows = columns_TC.view(-1, ranks[0])
+        return (rows.index_select(0, chosen_rows(plan, len(ranks))),)
+    parts = columns_TC.split([plan.num_experts * rank for rank in ranks], dim=1)
+    return tuple(
+        part.reshape(-1, rank).index_select(0, chosen_rows(plan, 1)) for part, rank in zip(parts, ranks, strict=True)
+    )
+
+
+def spread_chosen(kept: tuple[Tensor, ...], plan: RoutePlan | None, ranks: tuple[int, ...]) -> Tensor:
+    """Undo `keep_chosen`; columns of experts that were not chosen are 0.
+
+    Args:
+        kept: the result of `keep_chosen`.
+        plan: the routing.
+        ranks: L of each projection.
+
+    Returns:
+        [T, C], freshly allocated when there is a plan.
+    """
+    if plan is None:
+        return kept[0]
+    T, E = plan.num_tokens, plan.num_experts
+    if len(kept) == 1:
+        rows = kept[0].new_zeros(T * len(ranks) * E, ranks[0])
+        return rows.index_copy_(0, chosen_rows(plan, len(ranks)), kept[0]).view(T, E * sum(ranks))
+    parts = []
+    for part, rank in zip(kept, ranks, strict=True):
+        rows = part.new_zeros(T * E, rank)
+        parts.append(rows.index_copy_(0, chosen_rows(plan, 1), part).view(T, E * rank))
+    return torch.cat(parts, dim=1)
+
+
+def join_down(A: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Stack the A of all projections; no copy for a single contiguous one.
+
+    Args:
+        A: [E, L, D] stacks.
+        dtype: dtype to compute in.
+
+    Returns:
+        [C, D].
+    """
+    flat = [a.flatten(0, 1).to(dtype) for a in A]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def join_up(B_EOL: Tensor, dtype: torch.dtype) -> Tensor:
+    """Put the experts' B side by side.
+
+    Args:
+        B_EOL: [E, O, L].
+        dtype: dtype to compute in.
+
+    Returns:
+        [O, E*L], a copy of the size of B.
+    """
+    E, O, L = B_EOL.shape
+    return B_EOL.to(dtype).permute(1, 0, 2).reshape(O, E * L)
+
+
+def weigh(columns_TC: Tensor, gates_TE1: Tensor, expand_EC: Tensor) -> Tensor:
+    """Multiply columns by scale * weight, in place when the dtype is that of the gates.
+
+    Args:
+        columns_TC: [T, C]; overwritten when it has the gates' dtype.
+        gates_TE1: the table of `gates`.
+        expand_EC: the matrix of `expansion`.
+
+    Returns:
+        [T, C] in the columns' dtype; the product is taken in the gates' dtype.
+    """
+    factors_TC = gates_TE1 @ expand_EC[: gates_TE1.shape[1]]
+    if columns_TC.dtype == factors_TC.dtype:
+        return columns_TC.mul_(factors_TC)
+    return factors_TC.mul_(columns_TC).to(columns_TC.dtype)
+
+
+def gate_gradient(U_TC: Tensor, H_TC: Tensor, expand_EC: Tensor, plan: RoutePlan | None, weights: Tensor) -> Tensor:
+    """Gradient of the weights: per pair, scale * <B^T dy, A x>.
+
+    Args:
+        U_TC: [T, C] dy B.
+        H_TC: [T, C] x A^T, at least where chosen.
+        expand_EC: the matrix of `expansion`; its zero row gives dropped pairs a zero gradient.
+        plan: the routing; None when every expert is chosen.
+        weights: the forward's weights, for shape.
+
+    Returns:
+        Gradient in the shape and dtype of `weights`.
+    """
+    product_TC = torch.mul(U_TC, H_TC) if U_TC.dtype == expand_EC.dtype else U_TC.to(expand_EC.dtype).mul_(H_TC)
+    if plan is None:
+        return product_TC @ expand_EC[:-1].t()
+    table = (product_TC @ expand_EC.t()).view(-1)
+    return table.index_select(0, plan.gate_index_P).view_as(weights)

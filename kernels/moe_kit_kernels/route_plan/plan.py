@@ -1,0 +1,215 @@
+"""The routing plan: one routing decision, in every order that a kernel may want it.
+
+A routing is a list of P (token, expert) pairs. From it follow, each computed when first read and then kept:
+
+    counts_E[e]   = |{p : expert(p) = e}|
+    offsets_E1[e] = sum_{e' < e} counts_E[e']
+    order_P       = the pairs by expert, pairs of one expert in their given order, dropped pairs last
+    inverse_P     = order_P^-1
+
+Every shape follows from T, K, P and E alone, never from the routing, and nothing waits for the device: a plan built
+again in recomputation has the same shapes, and compile or CUDA graphs see static sizes. A dense kernel reads none of
+the sorted pieces, so it does not pay for them.
+
+Legend: T tokens, K slots a token, P pairs (T*K for token choice), E experts.
+
+Sources: stable sort by expert as in MegaBlocks (arXiv 2211.15841); a tile map without padded memory as in SonicMoE
+(arXiv 2512.14080). It is not a dispatch: no row of any activation moves here.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from moe_kit_kernels.common.checks import fail
+
+
+@dataclass(frozen=True, eq=False)
+class RoutePlan:
+    """One routing, as flat pairs plus the derived orders; build it with `route_plan` or `route_plan_pairs`.
+
+    Index tensors are int64 on the device of the ids. "Dropped" pairs are empty slots (expert -1 or >= E); they keep
+    their place in every `_P` array so that shapes stay static, and carry the expert number E.
+    """
+
+    expert_P: Tensor
+    """[P] expert of each pair in the given order, in [0, E]; E means dropped."""
+    token_P: Tensor
+    """[P] token of each pair, in [0, T)."""
+    num_tokens: int
+    """T, rows of x and of the result."""
+    num_experts: int
+    """E."""
+    slots: int | None
+    """K when the pairs are the rows of a [T, K] table of ids, in that order; None for free pairs."""
+
+    @property
+    def num_pairs(self) -> int:
+        """P, dropped pairs included."""
+        return self.expert_P.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the index tensors."""
+        return self.expert_P.device
+
+    @cached_property
+    def counts_E(self) -> Tensor:
+        """[E] int64 pairs of each expert, dropped pairs left out."""
+        ones = torch.ones_like(self.expert_P)
+        counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.device)
+        return counts.scatter_add_(0, self.expert_P, ones)[: self.num_experts]
+
+    @cached_property
+    def offsets_E1(self) -> Tensor:
+        """[E + 1] int64 first sorted position of each expert; the last entry is the number of pairs not dropped."""
+        offsets = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(self.counts_E, 0, out=offsets[1:])
+        return offsets
+
+    @cached_property
+    def ends_E(self) -> Tensor:
+        """[E] int32 end of each expert's run in the sorted order: the `offs` that `torch` grouped_mm takes."""
+        return self.offsets_E1[1:].to(torch.int32)
+
+    @cached_property
+    def order_P(self) -> Tensor:
+        """[P] int64 given positions in sorted order: by expert, stable, dropped pairs last."""
+        # a narrow key sorts faster (radix passes on CUDA, less traffic on CPU)
+        narrow = torch.int16 if self.num_experts < 2**15 else torch.int32
+        return torch.sort(self.expert_P.to(narrow), stable=True).indices
+
+    @cached_property
+    def inverse_P(self) -> Tensor:
+        """[P] int64 sorted position of each given pair: `inverse_P[order_P] = arange(P)`."""
+        positions = torch.arange(self.num_pairs, device=self.device)
+        return torch.zeros_like(self.order_P).scatter_(0, self.order_P, positions)
+
+    @cached_property
+    def sorted_token_P(self) -> Tensor:
+        """[P] int64 token of each pair in sorted order."""
+        return self.token_P.index_select(0, self.order_P)
+
+    @cached_property
+    def sorted_expert_P(self) -> Tensor:
+        """[P] int64 expert of each pair in sorted order; E for dropped pairs."""
+        return self.expert_P.index_select(0, self.order_P)
+
+    @cached_property
+    def gate_index_P(self) -> Tensor:
+        """[P] int64 position of each pair in a flat [T, E + 1] table whose last column takes the dropped pairs."""
+        return self.token_P * (self.num_experts + 1) + self.expert_P
+
+    @cached_property
+    def token_order_P(self) -> Tensor:
+        """[P] int64 given positions by token, stable. The identity when the pairs come from a [T, K] table."""
+        if self.slots is not None:
+            return torch.arange(self.num_pairs, device=self.device)
+        return torch.sort(self.token_P, stable=True).indices
+
+    @cached_property
+    def token_offsets_T1(self) -> Tensor:
+        """[T + 1] int64 first position of each token in `token_order_P` (dropped pairs included)."""
+        if self.slots is not None:
+            return torch.arange(self.num_tokens + 1, device=self.device) * self.slots
+        counts = torch.zeros(self.num_tokens, dtype=torch.int64, device=self.device)
+        counts.scatter_add_(0, self.token_P, torch.ones_like(self.token_P))
+        offsets = torch.zeros(self.num_tokens + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        return offsets
+
+    @cached_property
+    def host_offsets(self) -> list[int]:
+        """`offsets_E1` as Python integers, for loops on the CPU.
+
+        Raises:
+            AssertionError: the plan lives on an accelerator, where this would wait for the device.
+        """
+        assert self.device.type == "cpu", "host_offsets waits for the device"
+        return self.offsets_E1.tolist()
+
+    def dense_TE(self, weights_P: Tensor) -> Tensor:
+        """Weights as a dense table, differentiable.
+
+        Args:
+            weights_P: weight of each pair in the given order, [P] or [T, K].
+
+        Returns:
+            [T, E]; 0 where an expert is not chosen; weights of repeated pairs add up.
+        """
+        width = self.num_experts + 1
+        flat = weights_P.new_zeros(self.num_tokens * width)
+        return flat.scatter_add(0, self.gate_index_P, weights_P.reshape(-1)).view(-1, width)[:, :-1]
+
+
+def _check_ids(operator: str, ids: Tensor, num_experts: int) -> None:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise fail(operator, "dtype of the expert ids", ids.dtype, "an integer dtype", "Convert them: ids.long()")
+    if num_experts < 1:
+        raise fail(operator, "num_experts", num_experts, "at least 1", "Pass the size of the expert bank")
+    # values are looked at only where that does not wait for a device
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        lowest = int(ids.min())
+        if lowest < -1:
+            raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
+
+
+def _drop(ids: Tensor, num_experts: int) -> Tensor:
+    ids = ids.to(torch.int64)
+    return torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
+
+
+def route_plan(expert_ids_TK: Tensor, num_experts: int) -> RoutePlan:
+    """Plan a token-choice routing: every token names K slots.
+
+    Args:
+        expert_ids_TK: [T, K] integer ids. -1 and ids >= num_experts are empty slots.
+        num_experts: E, at least 1.
+
+    Returns:
+        The plan; pair p = t*K + k.
+
+    Raises:
+        KernelError: not a 2-D integer tensor; num_experts < 1; an id below -1 (looked at on the CPU only, where it
+            costs no wait).
+
+    Example:
+        >>> plan = route_plan(torch.tensor([[2, 0], [0, -1]]), 3)
+        >>> plan.counts_E.tolist(), plan.order_P.tolist()
+        ([2, 0, 1], [1, 2, 0, 3])
+    """
+    if expert_ids_TK.dim() != 2:
+        raise fail("route_plan", "shape of expert_ids_TK", list(expert_ids_TK.shape), "[T, K]", "Reshape it")
+    _check_ids("route_plan", expert_ids_TK, num_experts)
+    T, K = expert_ids_TK.shape
+    token_P = torch.arange(T, device=expert_ids_TK.device).view(T, 1).expand(T, K).reshape(-1)
+    return RoutePlan(_drop(expert_ids_TK.reshape(-1), num_experts), token_P, T, num_experts, K)
+
+
+def route_plan_pairs(token_P: Tensor, expert_P: Tensor, num_tokens: int, num_experts: int) -> RoutePlan:
+    """Plan a routing given as free pairs: expert choice, token rounding, any variable number of experts a token.
+
+    Args:
+        token_P: [P] integer token of each pair; a pair whose token is outside [0, num_tokens) is dropped.
+        expert_P: [P] integer expert of each pair. -1 and ids >= num_experts are dropped.
+        num_tokens: T, at least 0.
+        num_experts: E, at least 1.
+
+    Returns:
+        The plan, with `slots` None; pairs keep their given order.
+
+    Raises:
+        KernelError: not two 1-D integer tensors of one length; num_experts < 1; an expert id below -1 (CPU only).
+    """
+    if token_P.dim() != 1 or token_P.shape != expert_P.shape:
+        got = f"{list(token_P.shape)} and {list(expert_P.shape)}"
+        raise fail("route_plan_pairs", "shapes of token_P, expert_P", got, "[P] and [P]", "Flatten the pairs")
+    if token_P.is_floating_point():
+        raise fail("route_plan_pairs", "dtype of token_P", token_P.dtype, "an integer dtype", "Convert it")
+    _check_ids("route_plan_pairs", expert_P, num_experts)
+    token_P = token_P.to(torch.int64)
+    outside = (token_P < 0) | (token_P >= num_tokens)
+    expert_P = torch.where(outside, num_experts, _drop(expert_P, num_experts))
+    return RoutePlan(expert_P, torch.where(outside, 0, token_P), num_tokens, num_experts, None)
