@@ -1,1 +1,51 @@
-"""moe_kit: routed adapters, expert routers and layer routers for Hugging Face models."""
+"""moe_kit: routed adapters, expert routers and layer routers for Hugging Face models.
+
+Importing it registers the PEFT methods `MOE_ADAPTER` and `MOE_DEPTH`; kernels are loaded when first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from moe_kit.adapters import RoutedAdapterConfig
+from moe_kit.errors import CheckpointError, ConfigError, KernelError, MoeKitError, RoutingError
+from moe_kit.routing import (
+    Router,
+    Routing,
+    RoutingContext,
+    force_experts,
+    record_routing,
+    replay_routing,
+    routing_inputs,
+    routing_losses,
+)
+
+__version__ = "0.1.0.dev0"
+
+# loaded on first use: name -> module
+_LAZY = {
+    "RoutedTrainer": "moe_kit.training.trainer",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "KernelError",
+    "MoeKitError",
+    "RoutedAdapterConfig",
+    "RoutedTrainer",
+    "Router",
+    "Routing",
+    "RoutingContext",
+    "RoutingError",
+    "force_experts",
+    "record_routing",
+    "replay_routing",
+    "routing_inputs",
+    "routing_losses",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'moe_kit' has no attribute {name!r}")

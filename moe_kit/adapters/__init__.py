@@ -1,0 +1,7 @@
+"""Routed adapters as a PEFT method: configuration, layer, tuner and presets."""
+
+from moe_kit.adapters.config import RoutedAdapterConfig
+from moe_kit.adapters.layer import RoutedLayer
+from moe_kit.adapters.model import RoutedAdapterModel
+
+__all__ = ["RoutedAdapterConfig", "RoutedAdapterModel", "RoutedLayer"]

@@ -1,0 +1,170 @@
+"""`RoutedAdapterConfig`: the PEFT configuration of routed adapters.
+
+Fields are plain JSON, as PEFT's conventions ask; a preset is a set of field values with a name and a source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from peft.config import PeftConfig
+
+from moe_kit.errors import ConfigError
+from moe_kit.hf.registration import add_peft_type
+from moe_kit.hf.sharing import SHARING
+
+PEFT_TYPE = add_peft_type("MOE_ADAPTER")
+
+
+@dataclass
+class RoutedAdapterConfig(PeftConfig):
+    """Configuration of a mixture of adapters with a router, for `peft.get_peft_model`.
+
+    Start from a preset: `RoutedAdapterConfig.from_preset("mixture_of_lora", num_experts=8, top_k=2, r=8)`.
+    Every method is a bank of experts with a router of four parts: scope, score, select and weight.
+    """
+
+    preset: str | None = field(default=None, metadata={"help": "Name of the preset these values came from."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Linears to adapt: names, a regular expression, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Linears to leave alone."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt; None adapts all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and save with the adapter."}
+    )
+    num_experts: int = field(default=8, metadata={"help": "Experts at each adapted linear, 1 or more."})
+    top_k: int = field(default=2, metadata={"help": "Active experts a decision, 1 to num_experts."})
+    r: int = field(default=8, metadata={"help": "Rank of one expert, 1 or more."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "The mixture is multiplied by lora_alpha / r."})
+    use_rslora: bool = field(default=False, metadata={"help": "Multiply by lora_alpha / sqrt(r) instead."})
+    scale: float | None = field(
+        default=None, metadata={"help": "Multiplier of the mixture itself; wins over lora_alpha."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input, in [0, 1)."})
+    bank: str = field(default="lora", metadata={"help": "Kind of experts."})
+    bank_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further arguments of the bank."})
+    scope: str = field(default="token", metadata={"help": "What one decision is about: token, sequence or task."})
+    scope_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further arguments of the scope."})
+    score: str = field(default="linear", metadata={"help": "How experts are scored."})
+    score_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further arguments of the score."})
+    select: str = field(default="top_k", metadata={"help": "Which experts are used."})
+    select_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Further arguments of the selection."}
+    )
+    weight: str = field(default="selected_softmax", metadata={"help": "How much each chosen expert counts."})
+    weight_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further arguments of the weights."})
+    losses: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Coefficients of auxiliary losses by name, such as {'switch': 0.01}."}
+    )
+    stepper: str | None = field(
+        default=None, metadata={"help": "Balance state that moves once an optimizer step, such as 'loss_free'."}
+    )
+    stepper_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Further arguments of the stepper."}
+    )
+    router_sharing: str = field(
+        default="input", metadata={"help": "Linears that share a router: none, input (q,k,v; gate,up), block, model."}
+    )
+    detach_router_input: bool = field(
+        default=False, metadata={"help": "No gradient from the router into the hidden states."}
+    )
+    freeze_router: bool = field(default=False, metadata={"help": "Keep the router as it is; train only the experts."})
+    router_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the router in moe_kit's trainer; None = the adapters' own."}
+    )
+    num_tasks: int | None = field(default=None, metadata={"help": "Rows of the task table of task-scope routers."})
+    expert_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "num_experts for modules whose path matches a regular expression."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "r for modules whose path matches a regular expression."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                setattr(self, name, sorted(value))
+        self.validate()
+
+    def validate(self) -> None:
+        """Check values and their combinations.
+
+        Raises:
+            ConfigError: naming the field, what it is, what is expected.
+        """
+        for name in ("num_experts", "top_k", "r"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 1.")
+        for name, patterns in (("num_experts", self.expert_pattern), ("r", self.rank_pattern)):
+            for pattern, value in patterns.items():
+                if not isinstance(value, int) or value < 1:
+                    raise ConfigError(f"{name} for {pattern!r} is {value!r}, expected a whole number of at least 1.")
+        smallest = min([self.num_experts, *self.expert_pattern.values()])
+        if self.select in ("top_k", "sample_k") and self.top_k > smallest:
+            raise ConfigError(
+                f"top_k is {self.top_k} but a module has only {smallest} experts: lower top_k or raise num_experts."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}, expected a value in [0, 1).")
+        if self.router_sharing not in SHARING:
+            raise ConfigError(f"router_sharing is {self.router_sharing!r}, expected one of {', '.join(SHARING)}.")
+        if self.scope == "task" and not self.num_tasks:
+            raise ConfigError("scope is 'task' but num_tasks is not set: give the number of tasks, 1 or more.")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> RoutedAdapterConfig:
+        """Configuration of a published method.
+
+        Args:
+            name: one of `presets()`.
+            **overrides: any field, such as `num_experts=8, top_k=2, r=8, target_modules="all-linear"`.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ConfigError: if the preset or a field is unknown; the nearest name is suggested.
+
+        Example:
+            >>> from moe_kit.adapters import RoutedAdapterConfig
+            >>> RoutedAdapterConfig.from_preset("remix", top_k=2).select
+            'sample_k'
+        """
+        from moe_kit.adapters.presets import get_preset
+
+        known = {f.name for f in fields(cls)}
+        for key in overrides:
+            if key not in known:
+                raise ConfigError(f"RoutedAdapterConfig has no field {key!r}.{suggestion(key, known)}")
+        preset = get_preset(name)
+        return cls(**{**preset.values(overrides), **overrides, "preset": name})
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Names of all presets."""
+        from moe_kit.adapters.presets import PRESETS
+
+        return tuple(PRESETS)
+
+
+def suggestion(name: str, known: set[str] | list[str]) -> str:
+    """A sentence that names the nearest known word, or nothing.
+
+    Args:
+        name: what was given.
+        known: what exists.
+    """
+    close = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."

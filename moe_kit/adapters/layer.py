@@ -1,0 +1,206 @@
+"""`RoutedLayer`: a linear layer with routed adapters, in PEFT's form of a tuner layer.
+
+Keys of a saved adapter: `<linear>.moe_adapter_bank.<adapter>.A` / `.B`, and `<owner>.moe_adapter_router.<adapter>....`
+where the owner is the first linear of a group that shares a router.
+
+Shapes: T tokens, D width in, O width out.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from moe_kit.adapters.config import RoutedAdapterConfig
+from moe_kit.adapters.parts import build_bank, build_router, sizes_of
+from moe_kit.errors import RoutingError
+from moe_kit.routing.decision import Routing
+from moe_kit.routing.state import ModelRouting
+
+
+class RoutedLayer(nn.Module, BaseTunerLayer):
+    """Base linear plus mixtures of adapters.
+
+    Args:
+        base_layer: the frozen linear, or another tuner layer around it.
+        state: routing state of the model.
+        path: module path of the linear.
+    """
+
+    adapter_layer_names = ("moe_adapter_bank", "moe_adapter_router")
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, state: ModelRouting, path: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.moe_adapter_bank = nn.ModuleDict()
+        self.moe_adapter_router = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.state = state
+        self.path = path
+        # adapter -> the layer that holds the group's router; plain, so that it is neither saved nor moved twice
+        self.owners: dict[str, RoutedLayer] = {}
+        self.shares_any_input: dict[str, bool] = {}
+        self.width_in, self.width_out = linear_widths(self.get_base_layer())
+
+    def update_layer(
+        self, adapter_name: str, config: RoutedAdapterConfig, owner: RoutedLayer | None, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: its name.
+            config: its configuration.
+            owner: the layer whose router this one shares; None = this layer gets a router of its own.
+            inference_mode: add it frozen.
+        """
+        sizes = sizes_of(config, self.path, self.width_in, self.width_out)
+        self.moe_adapter_bank[adapter_name] = build_bank(config, sizes)
+        self.owners[adapter_name] = owner or self
+        self.shares_any_input[adapter_name] = config.router_sharing in ("block", "model")
+        if owner is None:
+            router = build_router(config, sizes)
+            router.site = f"{self.path}.{adapter_name}"
+            self.moe_adapter_router[adapter_name] = router
+            if config.freeze_router:
+                self.frozen_peft_weight_names = {
+                    **self.frozen_peft_weight_names,
+                    adapter_name: ("moe_adapter_router",),
+                }
+        elif owner.moe_adapter_router[adapter_name].num_experts != sizes.num_experts:
+            raise RoutingError(
+                f"{self.path} has {sizes.num_experts} experts but shares the router of {owner.path}, which has "
+                f"{owner.moe_adapter_router[adapter_name].num_experts}: give both the same number or set "
+                "router_sharing='none'."
+            )
+        self._to_base_device(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _to_base_device(self, adapter_name: str) -> None:
+        # parameters stay float32: routers always, banks unless the user asks PEFT for the base's dtype
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None or device.type == "meta":
+            return
+        for container in (self.moe_adapter_bank, self.moe_adapter_router):
+            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
+                container[adapter_name].to(device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: a routed mixture depends on the input.
+
+        Raises:
+            RoutingError: always.
+        """
+        raise RoutingError(
+            "routed adapters depend on the input and cannot be merged into the base weights. Where the routing is "
+            "constant, moe_kit.adapters.collapse_to_lora(model) makes a plain LoRA, which can be merged."
+        )
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: a routed mixture is no constant matrix."""
+        return False
+
+    def routing(self, adapter_name: str, x: Tensor) -> Routing:
+        """The decision for this layer's input, made once for all layers that share the router and the input.
+
+        Args:
+            adapter_name: adapter.
+            x: float [..., D].
+
+        Returns:
+            The routing of this pass.
+
+        Raises:
+            RoutingError: if a router shared by a block or the model has not decided yet.
+        """
+        owner, context = self.owners[adapter_name], self.state.context
+        router = owner.moe_adapter_router[adapter_name]
+        if self.shares_any_input[adapter_name]:
+            if owner is self:
+                return router(x, context)
+            if router.site not in context.routings:
+                raise RoutingError(f"{self.path} shares the router of {owner.path}, which has not run in this pass.")
+            return context.routings[router.site]
+        cached = context.shared.get(router.site)
+        if cached is not None and cached[0]() is x:
+            return cached[1]
+        routing = router(x, context)
+        context.shared[router.site] = (_reference(x), routing)
+        return routing
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus the active mixtures.
+
+        Args:
+            x: float [..., D].
+            *args: passed to the base layer.
+            **kwargs: passed to the base layer.
+
+        Returns:
+            float [..., O] in the base output's dtype.
+        """
+        active = [name for name in self.active_adapters if name in self.moe_adapter_bank]
+        if self._disable_adapters or not active:
+            return self.base_layer(x, *args, **kwargs)
+        x_TD = x.reshape(-1, x.shape[-1])
+        if len(active) == 1 and not args and not kwargs:
+            fused = self._fused(active[0], x, x_TD)
+            if fused is not None:
+                return fused.view(*x.shape[:-1], fused.shape[-1])
+        base = self.base_layer(x, *args, **kwargs)
+        out_TO = base.reshape(-1, base.shape[-1])
+        for name in active:
+            routing = self.routing(name, x)
+            if routing.base_weight_T is not None:
+                out_TO = out_TO * routing.base_weight_T[:, None].to(out_TO.dtype)
+            out_TO = self.moe_adapter_bank[name](x_TD, routing, out_TO)
+        return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+
+    def _fused(self, name: str, x: Tensor, x_TD: Tensor) -> Tensor | None:
+        """Base and mixture in one operator, for a plain frozen linear."""
+        base, bank = self.base_layer, self.moe_adapter_bank[name]
+        # hooks on the base layer must still fire, so a hooked one takes the plain path
+        if type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks or base.weight.requires_grad:
+            return None
+        routing = self.routing(name, x)
+        if routing.base_weight_N is not None:
+            return None
+        return bank.linear(x_TD, base.weight, base.bias, routing)
+
+    def __repr__(self) -> str:
+        return "moe_adapter." + super().__repr__()
+
+
+def linear_widths(layer: nn.Module) -> tuple[int, int]:
+    """Widths of a linear layer.
+
+    Args:
+        layer: `nn.Linear`, transformers' `Conv1D`, or a quantised linear with `in_features` and `out_features`.
+
+    Returns:
+        (width in, width out).
+
+    Raises:
+        RoutingError: if it is none of these.
+    """
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return layer.in_features, layer.out_features
+    raise RoutingError(f"cannot adapt a {type(layer).__name__}: routed adapters go on linear layers.")
+
+
+def _reference(x: Tensor) -> Any:
+    # a weak reference keeps no activation alive; a compiled graph cannot trace one
+    if torch.compiler.is_compiling():
+        return lambda: x
+    return weakref.ref(x)

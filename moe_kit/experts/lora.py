@@ -1,0 +1,58 @@
+r"""Stacked LoRA experts: `y = base + scale * sum_k w_k B_k A_k x`.
+
+Sources: LoRA, arXiv 2106.09685; as experts of a mixture: MixLoRA, arXiv 2404.15159.
+
+Shapes: T tokens, E experts, L rank, D width in, O width out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moe_kit.experts.bank import Bank
+from moe_kit.routing.decision import Routing
+
+
+class LoRABank(Bank):
+    """E independent LoRA experts of one linear layer.
+
+    B starts at zero, so a fresh bank changes nothing; A starts like PEFT's LoRA.
+
+    Args:
+        width_in: D.
+        width_out: O.
+        num_experts: E.
+        rank: L, 1 or more.
+        scale: multiplies the mixture; alpha / r in LoRA, 1 where the weights carry everything.
+        dropout: probability of dropping an input element of the experts in training, in [0, 1).
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, num_experts: int, rank: int, *, scale: float = 1.0, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.width_in, self.width_out, self.num_experts, self.rank = width_in, width_out, num_experts, rank
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.A = nn.Parameter(torch.empty(num_experts, rank, width_in))
+        self.B = nn.Parameter(torch.zeros(num_experts, width_out, rank))
+        # each expert as torch.nn.Linear starts: uniform with bound 1/sqrt(D)
+        bound = 1 / math.sqrt(width_in)
+        nn.init.uniform_(self.A, -bound, bound)
+
+    def forward(self, x_TD: Tensor, routing: Routing, base_TO: Tensor | None = None) -> Tensor:
+        """Apply the chosen experts; see `Bank.forward`."""
+        from moe_kit_kernels import lora_experts
+
+        if self.dropout is not None:
+            x_TD = self.dropout(x_TD)
+        return lora_experts(
+            x_TD, self.A, self.B, routing.expert_ids_TK, routing.weights_TK, scale=self.scale, base_TO=base_TO
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        return f"experts={self.num_experts}, rank={self.rank}, in={self.width_in}, out={self.width_out}"

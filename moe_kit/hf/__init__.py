@@ -1,0 +1,1 @@
+"""The one place that knows Hugging Face: PEFT registration, model hooks, finding layers, saving several adapters."""

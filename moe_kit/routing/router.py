@@ -1,0 +1,219 @@
+"""`Router`: scope, score, select, weight - four small choices that make one `Routing`.
+
+    decisions = scope(x)           which decisions there are
+    logits    = score(decisions)   what each expert is worth, float32
+    selection = select(logits)     which experts are used
+    weights   = weight(logits, selection)
+
+Recorded ids replace the selection (replay), the weights stay live.
+
+Shapes: B rows, S sequence, T = B*S tokens, N decisions, D width, E experts, K slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from moe_kit.errors import RoutingError
+from moe_kit.routing.balance import BalanceLoss
+from moe_kit.routing.context import RoutingContext
+from moe_kit.routing.decision import Routing
+from moe_kit.routing.scope import Decisions, Scope, pool_mean
+from moe_kit.routing.select import Selection
+from moe_kit.routing.weight import Weight
+
+
+class Router(nn.Module):
+    """Makes a `Routing` from an input and a context.
+
+    Args:
+        num_experts: E.
+        scope: names the decisions.
+        score: module from `Decisions` to logits [N, E].
+        select: module from (scores, decisions, context) to a `Selection`.
+        weight: rule from logits and selection to weights.
+        losses: name -> (coefficient, loss) of auxiliary losses for this router.
+        detach_input: no gradient to `x`: a policy router is trained by its own estimator alone.
+        stepper: module that shifts the scores used for the choice and moves once an optimizer step.
+
+    Attributes:
+        site: name under which decisions are recorded and replayed; set by whoever owns the router.
+    """
+
+    site: str = "router"
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        scope: Scope,
+        score: nn.Module,
+        select: nn.Module,
+        weight: Weight,
+        losses: dict[str, tuple[float, BalanceLoss]] | None = None,
+        detach_input: bool = False,
+        stepper: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.scope, self.weight = scope, weight
+        self.score, self.select, self.stepper = score, select, stepper
+        self.losses = dict(losses or {})
+        self.detach_input = detach_input
+
+    @property
+    def is_policy(self) -> bool:
+        """True if the choice is sampled and only a policy gradient trains this router."""
+        return hasattr(self.select, "log_prob")
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Decide.
+
+        Args:
+            x: float [B, S, D], or [T, D] for one sequence (or for flattened rows when the context has a mask).
+            context: the forward pass; None = no padding, one sequence a row, nothing recorded.
+
+        Returns:
+            The decision, registered in the context.
+
+        Raises:
+            RoutingError: if the context does not fit the input, or replayed ids are out of range.
+        """
+        context = context or RoutingContext()
+        x_BSD = as_rows(x.detach() if self.detach_input else x, context)
+        decisions = self.scope.decisions(x_BSD, context)
+        logits_NE = self._logits(decisions)
+        decisions = replace(decisions, x_ND=None) if decisions.pool_T is not None else decisions
+        if context.prior_BE is not None:
+            logits_NE = logits_NE + self._prior(x_BSD, decisions, context)
+        scores_NE = logits_NE if self.stepper is None else self.stepper.choice_scores(logits_NE)
+
+        forced = self._forced(x_BSD, decisions, context)
+        if isinstance(forced, Routing):
+            routing = replace(forced, logits_NE=logits_NE)
+        else:
+            selection = forced or self.select(scores_NE, decisions, context)
+            routing = self._routing(logits_NE, selection, decisions)
+        context.routings[self.site] = routing
+        if context.is_open:
+            context.registered.append((self.site, routing, self))
+        return routing
+
+    def _logits(self, decisions: Decisions) -> Tensor:
+        logits = self.score(decisions)
+        if decisions.pool_T is None:
+            return logits
+        values = logits if self.scope.pool == "logits" else logits.softmax(-1)
+        pooled = pool_mean(values, decisions.decision_T, decisions.num_sequences, decisions.pool_T)
+        return pooled if self.scope.pool == "logits" else pooled.clamp_min(1e-20).log()
+
+    def _prior(self, x_BSD: Tensor, decisions: Decisions, context: RoutingContext) -> Tensor:
+        prior_BE = context.rows(context.prior_BE, x_BSD.shape[0], "prior").to(x_BSD.device).float()
+        if prior_BE.shape[1] != self.num_experts:
+            raise RoutingError(f"the prior has {prior_BE.shape[1]} experts, expected {self.num_experts}.")
+        return prior_BE[row_of_decision(x_BSD, decisions)]
+
+    def _forced(self, x_BSD: Tensor, decisions: Decisions, context: RoutingContext) -> Selection | Routing | None:
+        """Replayed or forced experts for this site, if any."""
+        ids_NK = None
+        if context.replay is not None and self.site in context.replay:
+            ids_NK = context.replay[self.site].to(x_BSD.device)
+            expected = _num_decisions(x_BSD, decisions)
+            if ids_NK.shape[0] != expected:
+                raise RoutingError(
+                    f"the replayed record has {ids_NK.shape[0]} decisions at {self.site}, the forward pass {expected}: "
+                    "replay on the same batch that was recorded."
+                )
+        elif context.forced_sites is None or self.site in context.forced_sites:
+            if context.forced_ids_BK is not None:
+                rows_BK = context.rows(context.forced_ids_BK, x_BSD.shape[0], "forced expert ids").to(x_BSD.device)
+                ids_NK = rows_BK[row_of_decision(x_BSD, decisions)]
+            elif context.forced_weights_BE is not None:
+                rows_BE = context.rows(context.forced_weights_BE, x_BSD.shape[0], "forced weights").to(x_BSD.device)
+                weights_NE = rows_BE[row_of_decision(x_BSD, decisions)].float()
+                return self._wrap(decisions, selected_NE=weights_NE != 0, full_weights_NE=weights_NE)
+        if ids_NK is None:
+            return None
+        check_ids(ids_NK, self.num_experts, self.site)
+        return Selection(ids_NK=ids_NK)
+
+    def _routing(self, logits_NE: Tensor, selection: Selection, decisions: Decisions) -> Routing:
+        weights = self.weight(logits_NE, selection, self.training)
+        log_prob_N = selection.log_prob_N
+        if log_prob_N is None and self.training and self.is_policy and selection.ids_NK is not None:
+            log_prob_N = self.select.log_prob(logits_NE, selection.ids_NK)
+        stored = (
+            dict(sparse_ids_NK=selection.ids_NK, sparse_weights_NK=weights)
+            if selection.ids_NK is not None
+            else dict(selected_NE=selection.selected_NE, full_weights_NE=weights)
+        )
+        return self._wrap(decisions, logits_NE=logits_NE, log_prob_N=log_prob_N, **stored)
+
+    def _wrap(self, decisions: Decisions, **stored: Tensor | None) -> Routing:
+        return Routing(
+            num_experts=self.num_experts,
+            sequence_N=decisions.sequence_N,
+            num_sequences=decisions.num_sequences,
+            decision_T=decisions.decision_T,
+            mask_N=decisions.mask_N,
+            **stored,
+        )
+
+
+def as_rows(x: Tensor, context: RoutingContext) -> Tensor:
+    """View an input as [B, S, D].
+
+    Args:
+        x: [B, S, D], [T, D], or with more leading dimensions.
+        context: its mask tells the rows of a flattened input.
+
+    Returns:
+        [B, S, D]; one row if nothing tells the rows.
+    """
+    if x.dim() == 3:
+        return x
+    if x.dim() > 3:
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+    if context.mask_BS is not None and context.mask_BS.numel() == x.shape[0]:
+        return x.view(*context.mask_BS.shape, x.shape[-1])
+    return x.unsqueeze(0)
+
+
+def row_of_decision(x_BSD: Tensor, decisions: Decisions) -> Tensor:
+    """Batch row of each decision, int64 [N].
+
+    Raises:
+        RoutingError: if sequences are packed, so that a row holds several decisions of sequence scope.
+    """
+    batch, length, _ = x_BSD.shape
+    if decisions.decision_T is None:
+        return torch.arange(batch, device=x_BSD.device).repeat_interleave(length, output_size=batch * length)
+    if decisions.num_sequences != batch:
+        raise RoutingError("values given per row (prior, forced experts) cannot be used with packed sequences.")
+    return torch.arange(batch, device=x_BSD.device)
+
+
+def check_ids(ids_NK: Tensor, num_experts: int, site: str) -> None:
+    """Refuse ids outside [-1, E) and an expert chosen twice by one decision.
+
+    Raises:
+        RoutingError: naming the site and the range found.
+    """
+    if ids_NK.numel() == 0:
+        return
+    low, high = int(ids_NK.min()), int(ids_NK.max())
+    if low < -1 or high >= num_experts:
+        raise RoutingError(f"expert ids at {site} lie in [{low}, {high}], expected [-1, {num_experts - 1}].")
+    ordered = ids_NK.sort(-1).values
+    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        raise RoutingError(f"expert ids at {site} name an expert twice in one decision.")
+
+
+def _num_decisions(x_BSD: Tensor, decisions: Decisions) -> int:
+    if decisions.decision_T is None:
+        return x_BSD.shape[0] * x_BSD.shape[1]
+    assert decisions.sequence_N is not None
+    return decisions.sequence_N.shape[0]

@@ -1,0 +1,247 @@
+"""`ModelRouting`: the routing state of one model, shared by all its routers, and the public ways to steer it.
+
+It holds the context of the current forward pass and what the user asked for around it: extra inputs, recording,
+replay, forced experts. It is plain Python state: it is not saved, not copied with its tensors, and knows nothing
+about the model's library; hooks elsewhere open and close a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_kit.errors import RoutingError
+from moe_kit.routing.balance import BalanceLoss, mean_loss, stack_routings
+from moe_kit.routing.context import RoutingContext
+
+ATTRIBUTE = "moe_routing_state"
+
+
+class ModelRouting:
+    """State shared by the routers of one model.
+
+    Attributes:
+        context: the current or last forward pass.
+        inputs: what `routing_inputs` added.
+        record: site -> ids of the last forward while recording, else None.
+        overrides: fields of the context set by replay and forcing.
+    """
+
+    def __init__(self) -> None:
+        self.context = RoutingContext(is_open=False)
+        self.inputs: dict[str, Any] = {}
+        self.record: dict[str, Tensor] | None = None
+        self.overrides: dict[str, Any] = {}
+
+    def __deepcopy__(self, memo: dict) -> ModelRouting:
+        # a context holds graph tensors, which cannot be copied; a copied model starts without one
+        memo[id(self)] = fresh = ModelRouting()
+        return fresh
+
+    def __reduce__(self) -> tuple:
+        return (ModelRouting, ())
+
+    def open(self, context: RoutingContext) -> None:
+        """Start a forward pass."""
+        for name, value in self.overrides.items():
+            setattr(context, name, value)
+        self.context = context
+
+    def close(self) -> None:
+        """End the forward pass: compute auxiliary losses, record ids, stop registering."""
+        context = self.context
+        context.is_open = False
+        context.closed_losses = auxiliary_losses(context)
+        if self.record is not None:
+            self.record.update({site: routing.expert_ids_NK.detach() for site, routing, _ in context.registered})
+
+    def total_loss(self) -> Tensor | None:
+        """Sum of coefficient times loss over the last forward, or None if no router has a loss."""
+        coefficients = {
+            name: coefficient
+            for _, _, router in self.context.registered
+            for name, (coefficient, _) in router.losses.items()
+        }
+        terms = [coefficients[name] * loss for name, loss in self.context.closed_losses.items() if coefficients[name]]
+        return torch.stack(terms).sum() if terms else None
+
+
+def auxiliary_losses(context: RoutingContext) -> dict[str, Tensor]:
+    """Unscaled auxiliary losses of the routers registered in a pass, each averaged over its sites.
+
+    Args:
+        context: a pass.
+
+    Returns:
+        name -> scalar. Names are those of `Router.losses`.
+    """
+    wanted: dict[str, tuple[BalanceLoss, list]] = {}
+    for _, routing, router in context.registered:
+        if router.training:
+            for name, (_, loss) in router.losses.items():
+                wanted.setdefault(name, (loss, []))[1].append(routing)
+    stacks: dict[tuple[int, ...], list] = {}
+    losses = {}
+    for name, (loss, routings) in wanted.items():
+        key = tuple(id(routing) for routing in routings)
+        if key not in stacks:
+            stacks[key] = stack_routings(routings)
+        losses[name] = mean_loss(loss, stacks[key])
+    return losses
+
+
+def find_routing_state(model: nn.Module) -> ModelRouting | None:
+    """The routing state attached to a model or to a module inside it, or None."""
+    for module in model.modules():
+        state = module.__dict__.get(ATTRIBUTE)
+        if state is not None:
+            return state
+    return None
+
+
+def require_routing_state(model: nn.Module) -> ModelRouting:
+    """Like `find_routing_state`.
+
+    Raises:
+        RoutingError: if the model has no routers of moe_kit.
+    """
+    state = find_routing_state(model)
+    if state is None:
+        raise RoutingError("this model has no moe_kit routers: wrap it with get_peft_model(model, config) first.")
+    return state
+
+
+@contextmanager
+def routing_inputs(
+    model: nn.Module,
+    *,
+    task_ids: Tensor | Sequence[int] | None = None,
+    prior: Tensor | None = None,
+    prompt_length: int | Tensor | None = None,
+    prompt_mask: Tensor | None = None,
+    **scalars: Tensor | float,
+) -> Iterator[None]:
+    """Give routers more than the hidden states, in `forward`, `generate`, PEFT and native models alike.
+
+    Args:
+        model: a model with moe_kit routers, wrapped or native.
+        task_ids: int [B], for task-scope routers.
+        prior: float [B, E], added to every router's logits.
+        prompt_length: tokens of the prompt, an int for all rows or int [B]; sequence-scope decisions read only these.
+        prompt_mask: bool [B, S], the same as a mask; it wins over `prompt_length`.
+        **scalars: named values per row (mask_ratio, step), float or tensor [B].
+
+    Raises:
+        RoutingError: if the model has no moe_kit routers.
+
+    Example:
+        `with routing_inputs(model, task_ids=[0, 2]): model.generate(**batch)`
+    """
+    state = require_routing_state(model)
+    given: dict[str, Any] = {
+        "task_ids": None if task_ids is None else torch.as_tensor(task_ids, dtype=torch.long),
+        "prior": prior,
+        "prompt_length": prompt_length,
+        "prompt_mask": prompt_mask,
+        "scalars": scalars or None,
+    }
+    previous = state.inputs
+    state.inputs = {**previous, **{name: value for name, value in given.items() if value is not None}}
+    try:
+        yield
+    finally:
+        state.inputs = previous
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record which experts every router of a model chose.
+
+    Args:
+        model: a model with moe_kit routers.
+
+    Yields:
+        dict site name -> int64 ids [N, K] of the last forward pass, filled as passes end.
+
+    Raises:
+        RoutingError: if the model has no moe_kit routers.
+    """
+    state = require_routing_state(model)
+    previous, state.record = state.record, {}
+    try:
+        yield state.record
+    finally:
+        state.record = previous
+
+
+@contextmanager
+def replay_routing(model: nn.Module, record: Mapping[str, Tensor]) -> Iterator[None]:
+    """Force every router to the index sets of a record; the weights are computed anew and keep their gradient.
+
+    The ids stay with the context of each forward pass, so a backward pass may run after the block has ended.
+
+    Args:
+        model: a model with moe_kit routers.
+        record: site name -> int64 ids [N, K], from `record_routing` on the same batch.
+
+    Raises:
+        RoutingError: at the forward pass, if ids are outside [-1, E) or do not fit the batch.
+    """
+    state = require_routing_state(model)
+    with _override(state, replay=dict(record)):
+        yield
+
+
+@contextmanager
+def force_experts(
+    model: nn.Module,
+    ids_BK: Tensor | None = None,
+    weights_BE: Tensor | None = None,
+    sites: Sequence[str] | None = None,
+) -> Iterator[None]:
+    """Force the same experts for all decisions of a row, at all routers or some.
+
+    Args:
+        model: a model with moe_kit routers.
+        ids_BK: int64 [B or 1, K], experts for each row; weights stay the router's own.
+        weights_BE: float [B or 1, E], weights for each row; exactly one of the two is given.
+        sites: names of the sites that obey; None = all.
+
+    Raises:
+        RoutingError: if none or both of ids and weights are given, or the model has no moe_kit routers.
+    """
+    if (ids_BK is None) == (weights_BE is None):
+        raise RoutingError("force_experts needs either ids_BK or weights_BE, not both and not none.")
+    state = require_routing_state(model)
+    chosen = None if sites is None else frozenset(sites)
+    with _override(state, forced_ids_BK=ids_BK, forced_weights_BE=weights_BE, forced_sites=chosen):
+        yield
+
+
+@contextmanager
+def _override(state: ModelRouting, **fields: Any) -> Iterator[None]:
+    previous = state.overrides
+    state.overrides = {**previous, **fields}
+    try:
+        yield
+    finally:
+        state.overrides = previous
+
+
+def routing_losses(model: nn.Module) -> dict[str, Tensor]:
+    """Unscaled auxiliary losses of the last forward pass.
+
+    Args:
+        model: a model with moe_kit routers.
+
+    Returns:
+        name -> scalar with gradient; empty in evaluation mode or before the first pass.
+
+    Raises:
+        RoutingError: if the model has no moe_kit routers.
+    """
+    return dict(require_routing_state(model).context.closed_losses)
