@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_kit.errors import ConfigError
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.state import ATTRIBUTE, ModelRouting
 
@@ -132,16 +133,32 @@ def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) 
     state.close()
     if output is None or not (module.training and torch.is_grad_enabled()):
         return None
+    loss = getattr(output, "loss", None)
+    if loss is not None:
+        _check_policy(state)
     auxiliary = state.total_loss()
     if auxiliary is None:
         return None
     arguments = _arguments(module, args, kwargs)
-    loss = getattr(output, "loss", None)
     if loss is None:
         _warn_no_loss(state)
         return None
     output.loss = loss + loss_share(module, arguments) * auxiliary.to(loss.device)
     return output
+
+
+def _check_policy(state: ModelRouting) -> None:
+    """A sampled router gets no gradient from the model's own loss: refuse to train it in vain."""
+    context = state.context
+    if context.policy_gradient:
+        return
+    for site, routing, _ in context.registered:
+        if routing.log_prob_N is not None and routing.log_prob_N.requires_grad:
+            raise ConfigError(
+                f"the router at {site} samples its experts and is trained by a policy gradient only; this training "
+                "loop would leave it without one. Use moe_kit.RoutedTrainer, or freeze_router=True, or run your own "
+                "estimator inside `with moe_kit.routing.policy_gradient(model)`."
+            )
 
 
 def loss_share(module: nn.Module, arguments: dict[str, Any]) -> Tensor | float:

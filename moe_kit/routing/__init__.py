@@ -10,6 +10,7 @@ from moe_kit.routing.router import Router
 from moe_kit.routing.state import (
     ModelRouting,
     force_experts,
+    policy_gradient,
     record_routing,
     replay_routing,
     routing_inputs,
@@ -24,6 +25,7 @@ __all__ = [
     "force_experts",
     "plackett_luce_log_prob",
     "plackett_luce_set_log_prob",
+    "policy_gradient",
     "record_routing",
     "replay_routing",
     "rloo_loss",

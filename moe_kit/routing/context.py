@@ -41,6 +41,8 @@ class RoutingContext:
         shared: site name -> (reference to the input, its `Routing`): layers with the same input read it.
         registered: every Routing registered in this pass, as (site, routing, router).
         carried: site name -> decisions kept from the prompt by a cache (sequence and request scope).
+        policy_gradient: True while a policy-gradient trainer runs the model: sampled decisions keep the gradient of
+            their log-probability even in forward-only passes.
         is_open: True while the forward runs; a recomputation during backward finds it False and registers nothing.
         closed_losses: unscaled auxiliary losses by name, filled when the forward ends.
     """
@@ -60,6 +62,7 @@ class RoutingContext:
     shared: dict[str, tuple[Any, Routing]] = field(default_factory=dict)
     registered: list[tuple[str, Routing, torch.nn.Module]] = field(default_factory=list)
     carried: dict[str, Tensor] | None = None
+    policy_gradient: bool = False
     is_open: bool = True
     closed_losses: dict[str, Tensor] = field(default_factory=dict)
 
@@ -94,7 +97,8 @@ class RoutingContext:
             rows = torch.arange(batch, device=device)
             return rows.repeat_interleave(length, output_size=batch * length), batch
         cropped = _crop(self.sequence_BS, batch, length, "sequence index")
-        assert cropped is not None and self.num_sequences is not None
+        assert cropped is not None
+        assert self.num_sequences is not None
         return cropped, self.num_sequences
 
     def rows(self, value: Tensor, batch: int, name: str) -> Tensor:

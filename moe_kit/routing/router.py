@@ -83,6 +83,12 @@ class Router(nn.Module):
             RoutingError: if the context does not fit the input, or replayed ids are out of range.
         """
         context = context or RoutingContext()
+        # a forward-only pass still needs the gradient of log Q with respect to the router itself
+        graph = torch.is_grad_enabled() or (context.policy_gradient and self.is_policy and self.training)
+        with torch.set_grad_enabled(graph):
+            return self._decide(x, context)
+
+    def _decide(self, x: Tensor, context: RoutingContext) -> Routing:
         x_BSD = as_rows(x.detach() if self.detach_input else x, context)
         decisions = self.scope.decisions(x_BSD, context)
         logits_NE = self._logits(decisions)
@@ -146,9 +152,9 @@ class Router(nn.Module):
         if log_prob_N is None and self.training and self.is_policy and selection.ids_NK is not None:
             log_prob_N = self.select.log_prob(logits_NE, selection.ids_NK)
         stored = (
-            dict(sparse_ids_NK=selection.ids_NK, sparse_weights_NK=weights)
+            {"sparse_ids_NK": selection.ids_NK, "sparse_weights_NK": weights}
             if selection.ids_NK is not None
-            else dict(selected_NE=selection.selected_NE, full_weights_NE=weights)
+            else {"selected_NE": selection.selected_NE, "full_weights_NE": weights}
         )
         return self._wrap(decisions, logits_NE=logits_NE, log_prob_N=log_prob_N, **stored)
 

@@ -223,6 +223,24 @@ def force_experts(
 
 
 @contextmanager
+def policy_gradient(model: nn.Module) -> Iterator[ModelRouting]:
+    """Announce that sampled routers are trained by a policy gradient inside this block.
+
+    Without it a training forward of a sampled, unfrozen router raises, since no other loss reaches that router.
+    Log-probabilities then keep their gradient in forward-only passes as well.
+
+    Args:
+        model: a model with moe_kit routers.
+
+    Yields:
+        The routing state; `state.context.registered` holds the decisions of the last pass.
+    """
+    state = require_routing_state(model)
+    with _override(state, policy_gradient=True):
+        yield state
+
+
+@contextmanager
 def _override(state: ModelRouting, **fields: Any) -> Iterator[None]:
     previous = state.overrides
     state.overrides = {**previous, **fields}
