@@ -1,0 +1,190 @@
+"""`RoutedTrainer`: transformers' Trainer with a policy gradient for routers that sample their experts.
+
+Everything else is the stock Trainer: auxiliary losses arrive through the model's hooks, checkpoints are PEFT folders.
+Cost of an optimizer step with M samples: one forward and backward pass, plus M - 1 forward passes above the first
+adapted layer, plus the backward of the log-probabilities through the routers alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from moe_kit.errors import ConfigError
+from moe_kit.routing.state import policy_gradient
+from moe_kit.training.prefix import shared_prefix
+from moe_kit.training.rloo import (
+    CREDITS,
+    PolicySample,
+    has_policy,
+    label_items,
+    policy_loss,
+    sample_of,
+    token_losses,
+)
+
+ADAPTER_GRADIENTS = ("one", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """How sampled routers are trained."""
+
+    num_samples: int = 4
+    """Selections of experts drawn for each batch, 2 or more; more lowers the variance and costs a forward pass each."""
+    credit: str = "sequence"
+    """What a decision is charged with: "sequence", or "to_go" (only labels at or after it; token scope, causal)."""
+    adapter_gradient: str = "one"
+    """Adapters learn from "one" of the passes, or from the "mean" of all (M backward passes, M graphs in memory)."""
+    share_prefix: bool = True
+    """Run frozen layers below the first adapter once for all samples; off if they hold dropout that should differ."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: naming the field, what it is, what is expected.
+        """
+        if self.num_samples < 2:
+            raise ConfigError(f"num_samples is {self.num_samples}, expected 2 or more: leave-one-out needs company.")
+        for name, known in (("credit", CREDITS), ("adapter_gradient", ADAPTER_GRADIENTS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}.")
+
+
+def param_groups(model: nn.Module, lr: float, router_lr: float | None = None, weight_decay: float = 0.0) -> list[dict]:
+    """Optimizer groups with a learning rate of their own for routers.
+
+    Args:
+        model: a model with adapters; parameters that are not trained are left out.
+        lr: learning rate of everything else.
+        router_lr: learning rate of the routers; None = each adapter's `router_lr`, else `lr`.
+        weight_decay: decay of the adapters; routers get none, since decay pulls their scores together.
+
+    Returns:
+        One or two groups for any torch optimizer; pass it as `optimizers=(AdamW(param_groups(...)), None)`.
+    """
+    if router_lr is None:
+        configs = getattr(model, "peft_config", {})
+        router_lr = next((c.router_lr for c in configs.values() if getattr(c, "router_lr", None)), None)
+    routers, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (routers if ".moe_adapter_router." in name else others).append(parameter)
+    groups = [{"params": others, "lr": lr, "weight_decay": weight_decay}]
+    if routers:
+        groups.append({"params": routers, "lr": router_lr or lr, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+class RoutedTrainer(Trainer):
+    """transformers' Trainer that also trains sampled routers.
+
+    Args:
+        *args: as for `transformers.Trainer`.
+        policy: how sampled routers are trained; ignored if the model has none.
+        **kwargs: as for `transformers.Trainer`.
+
+    Raises:
+        ConfigError: if `policy` is not valid.
+    """
+
+    def __init__(self, *args: Any, policy: PolicyConfig | None = None, **kwargs: Any) -> None:
+        self.policy = policy or PolicyConfig()
+        self.policy.validate()
+        super().__init__(*args, **kwargs)
+        self._policy_metrics: dict[str, float] = {}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The stock optimizer, with the routers' own learning rate where a configuration sets one.
+
+        Args:
+            model: model to optimise; None = the trainer's.
+        """
+        model = self.model if model is None else model
+        configs = getattr(model, "peft_config", {})
+        has_router_lr = any(getattr(config, "router_lr", None) for config in configs.values())
+        if self.optimizer is None and has_router_lr:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = param_groups(model, self.args.learning_rate, weight_decay=self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, **options)
+        return super().create_optimizer(model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The model's loss; in training plus the policy surrogate, whose value is taken out again.
+
+        The logged loss therefore stays the cross-entropy (with auxiliary losses); only the gradient differs.
+
+        Args:
+            model: the model as the Trainer wraps it.
+            inputs: a batch with labels.
+            return_outputs: also return the model's outputs.
+            num_items_in_batch: label tokens of the optimizer step.
+        """
+        if not (model.training and torch.is_grad_enabled() and has_policy(model)):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        bare = self.accelerator.unwrap_model(model)
+        shifted = not getattr(bare.config, "is_encoder_decoder", False)
+        labels, credit = inputs["labels"], self.policy.credit
+        with policy_gradient(bare) as state, self._prefix(bare):
+            loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+            losses_BS = token_losses(outputs.logits.detach(), labels, shifted)
+            samples = [sample_of(state, losses_BS, credit)]
+            adapter_losses = [loss]
+            for _ in range(self.policy.num_samples - 1):
+                with torch.set_grad_enabled(self.policy.adapter_gradient == "mean"):
+                    sample, sample_loss = self._sample(bare, state, inputs, num_items_in_batch, shifted)
+                samples.append(sample)
+                if self.policy.adapter_gradient == "mean":
+                    adapter_losses.append(sample_loss * self._loss_factor(num_items_in_batch))
+        items = label_items(inputs, num_items_in_batch, shifted)
+        surrogate = policy_loss(samples, items, credit) * self._loss_factor(num_items_in_batch)
+        self._note(samples, items)
+        loss = torch.stack(adapter_losses).mean() + surrogate - surrogate.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def _prefix(self, model: nn.Module) -> Any:
+        from contextlib import nullcontext
+
+        return shared_prefix(model) if self.policy.share_prefix else nullcontext()
+
+    def _sample(
+        self, model: nn.Module, state: Any, inputs: dict[str, Any], num_items: Tensor | int | None, shifted: bool
+    ) -> tuple[PolicySample, Tensor]:
+        extra = {"num_items_in_batch": num_items} if self.model_accepts_loss_kwargs and num_items is not None else {}
+        with self.compute_loss_context_manager():
+            outputs = model(**{**inputs, **extra})
+        losses_BS = token_losses(outputs.logits.detach(), inputs["labels"], shifted)
+        return sample_of(state, losses_BS, self.policy.credit), outputs.loss
+
+    def _loss_factor(self, num_items: Tensor | int | None) -> int:
+        """What the stock Trainer multiplies a loss by when tokens are averaged across processes."""
+        averaged = self.args.average_tokens_across_devices and num_items is not None
+        return self.accelerator.num_processes if averaged else 1
+
+    def _note(self, samples: list[PolicySample], items: Tensor | float) -> None:
+        """Keep what tells whether the policy learns: the spread of the losses between selections."""
+        losses_MB = torch.stack([sample.losses_BS.sum(-1) for sample in samples]) / items
+        self._policy_metrics = {"policy_loss_std": losses_MB.std(0).mean()}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the policy's own figures beside the loss.
+
+        Args:
+            logs: values to log.
+            *args: as for the stock Trainer.
+            **kwargs: as for the stock Trainer.
+        """
+        if self._policy_metrics and "loss" in logs:
+            logs = {**logs, **{name: float(value) for name, value in self._policy_metrics.items()}}
+        super().log(logs, *args, **kwargs)

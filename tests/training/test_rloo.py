@@ -1,0 +1,306 @@
+"""The policy gradient of a whole model, by enumeration, and the trainer around it.
+
+1. expectation over all pairs of selections of a tiny Llama equals the gradient of the expected loss, for both
+   credits; charging a decision with its own token alone is biased;
+2. layers below the first adapter run once for all samples and change nothing;
+3. a policy router refuses trainers that would leave it without a gradient; it learns under ours.
+"""
+
+from itertools import product
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from moe_kit import ConfigError, RoutedAdapterConfig, RoutedTrainer, record_routing, replay_routing
+from moe_kit.routing import policy_gradient
+from moe_kit.training.prefix import first_adapted_layer, shared_prefix
+from moe_kit.training.rloo import PolicySample, has_policy, policy_loss, sample_of, token_losses
+from moe_kit.training.trainer import PolicyConfig, param_groups
+from tests.tiny import batch_of, tiny_llama, wake_banks
+
+
+def remix_model(layers=(0,), targets=("down_proj",), num_experts=2, top_k=1, depth=2, **overrides):
+    config = RoutedAdapterConfig.from_preset(
+        "remix",
+        num_experts=num_experts,
+        top_k=top_k,
+        r=2,
+        target_modules=list(targets),
+        layers_to_transform=list(layers),
+        score_options={"init_std": 0.5},
+        task_type="CAUSAL_LM",
+        **overrides,
+    )
+    model = get_peft_model(tiny_llama(depth), config, adapter_name="policy")
+    wake_banks(model, std=2.0)
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def enumeration():
+    """Every selection of a three-token sequence: its losses, its log-probabilities, and the router's gradient."""
+    model, batch = remix_model(), batch_of(rows=1, length=4)
+    (router,) = [parameter for name, parameter in model.named_parameters() if "router" in name]
+    outcomes = {"sequence": [], "to_go": []}
+    with policy_gradient(model) as state:
+        with record_routing(model) as record:
+            model(**batch)
+        (site,) = record
+        for choice in product(range(2), repeat=4):
+            with replay_routing(model, {site: torch.tensor(choice)[:, None]}):
+                out = model(**batch)
+            losses = token_losses(out.logits.detach(), batch["labels"])
+            for credit, samples in outcomes.items():
+                samples.append(sample_of(state, losses, credit))
+    law = torch.stack([sample.log_prob.sum() for sample in outcomes["sequence"]]).exp()
+    total = torch.stack([sample.losses_BS.sum() for sample in outcomes["sequence"]])
+    (exact,) = torch.autograd.grad((law * total).sum(), router, retain_graph=True)
+    return outcomes, law.detach(), exact, router
+
+
+def expectation(samples, law, credit, router):
+    surrogate = sum(
+        law[a] * law[b] * policy_loss([samples[a], samples[b]], 1.0, credit)
+        for a, b in product(range(len(samples)), repeat=2)
+    )
+    (gradient,) = torch.autograd.grad(surrogate, router, retain_graph=True)
+    return gradient
+
+
+def test_enumeration_covers_the_law(enumeration):
+    _, law, exact, _ = enumeration
+    assert law.sum().item() == pytest.approx(1.0, abs=1e-5)
+    assert exact.abs().max() > 1e-3, "the toy must have something to learn"
+
+
+@pytest.mark.parametrize("credit", ["sequence", "to_go"])
+def test_policy_gradient_is_unbiased(enumeration, credit):
+    outcomes, law, exact, router = enumeration
+    estimate = expectation(outcomes[credit], law, credit, router)
+    torch.testing.assert_close(estimate, exact, rtol=2e-3, atol=2e-5)
+
+
+def test_own_token_credit_is_biased(enumeration):
+    """The known wrong version: a decision charged only with its own position ignores later tokens."""
+    outcomes, law, exact, router = enumeration
+    samples = outcomes["to_go"]
+    # undo the reverse cumulative sum in advance: differences of the losses add up to the own loss
+    wrong = [
+        PolicySample(s.losses_BS - torch.nn.functional.pad(s.losses_BS[:, 1:], (0, 1)), s.log_prob) for s in samples
+    ]
+    gap = (expectation(wrong, law, "to_go", router) - exact).abs().max()
+    assert gap > 20 * 2e-5
+
+
+def test_to_go_has_lower_variance(enumeration):
+    outcomes, law, _, router = enumeration
+    second = {}
+    for credit, samples in outcomes.items():
+        second[credit] = sum(
+            law[a]
+            * law[b]
+            * torch.autograd.grad(policy_loss([samples[a], samples[b]], 1.0, credit), router, retain_graph=True)[0]
+            .square()
+            .sum()
+            for a, b in product(range(len(samples)), repeat=2)
+        ).item()
+    assert second["to_go"] < second["sequence"]
+
+
+def test_forward_only_pass_keeps_the_routers_gradient():
+    model, batch = remix_model(), batch_of()
+    with policy_gradient(model) as state, torch.no_grad():
+        out = model(**batch)
+        sample = sample_of(state, token_losses(out.logits, batch["labels"]), "sequence")
+    assert not out.logits.requires_grad
+    sample.log_prob.sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert list(gradients) == [name for name in gradients if "router" in name]
+    assert gradients
+
+
+def test_padding_has_no_log_probability():
+    model, batch = remix_model().train(), batch_of(rows=1, length=4)
+    with policy_gradient(model) as state:
+        model(**batch)
+        (entry,) = state.context.registered
+        padded = {name: torch.nn.functional.pad(value, (2, 0)) for name, value in batch.items()}
+        padded["labels"][:, :2] = -100
+        ids = torch.cat([torch.ones(2, 1, dtype=torch.long), entry[1].expert_ids_NK])
+        with replay_routing(model, {entry[0]: ids}):
+            model(**padded)
+        (again,) = state.context.registered
+    torch.testing.assert_close(again[1].log_prob_B(), entry[1].log_prob_B())
+
+
+def test_shared_prefix_runs_lower_layers_once():
+    model, batch = remix_model(layers=(2,), depth=4), batch_of()
+    stack, index = first_adapted_layer(model)
+    assert (len(stack), index) == (4, 2)
+    calls = []
+    handles = [layer.mlp.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, layer in enumerate(stack)]
+    with policy_gradient(model), record_routing(model) as record:
+        with shared_prefix(model) as shared:
+            first = model(**batch).logits
+            ids = dict(record)
+            with torch.no_grad(), replay_routing(model, ids):
+                second = model(**batch).logits
+        with replay_routing(model, ids):
+            plain = model(**batch).logits
+    for handle in handles:
+        handle.remove()
+    assert shared
+    assert calls == [0, 1, 2, 3, 2, 3, 0, 1, 2, 3]
+    assert torch.equal(first, second)
+    assert torch.equal(first, plain)
+
+
+def test_prefix_is_not_shared_when_lower_layers_train():
+    model = remix_model(layers=(1,))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    assert first_adapted_layer(model) == (None, 0)
+
+
+def arguments(tmp_path, **overrides):
+    values = dict(
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        learning_rate=1e-2,
+        logging_steps=1,
+    )
+    return TrainingArguments(str(tmp_path), **{**values, **overrides})
+
+
+def dataset(rows=8):
+    batch = batch_of(rows=rows)
+    return [{name: value[row] for name, value in batch.items()} for row in range(rows)]
+
+
+def test_stock_trainer_is_refused_unless_frozen(tmp_path):
+    with pytest.raises(ConfigError, match="policy gradient"):
+        Trainer(model=remix_model(), args=arguments(tmp_path), train_dataset=dataset()).train()
+    frozen = remix_model(freeze_router=True)
+    assert not has_policy(frozen)
+    Trainer(model=frozen, args=arguments(tmp_path), train_dataset=dataset()).train()
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [PolicyConfig(num_samples=2), PolicyConfig(credit="to_go", num_samples=3), PolicyConfig(adapter_gradient="mean")],
+    ids=["one", "to_go", "mean"],
+)
+def test_trainer_moves_router_and_experts(tmp_path, policy):
+    model = remix_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = RoutedTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset(), policy=policy)
+    trainer.train()
+    moved = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    assert moved == set(before)
+    assert "policy_loss_std" in trainer.state.log_history[0]
+
+
+def test_logged_loss_is_the_cross_entropy(tmp_path):
+    """The surrogate's value never shows, only its gradient."""
+    model = remix_model()
+    trainer = RoutedTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset())
+    batch = batch_of()
+    with record_routing(model) as record:
+        # the pass with a graph comes first; stop the record there
+        original, seen = model.forward, []
+
+        def spy(*args, **kwargs):
+            out = original(*args, **kwargs)
+            seen.append(dict(record))
+            return out
+
+        model.forward = spy
+        loss = trainer.compute_loss(model, dict(batch))
+        del model.forward
+    with policy_gradient(model), replay_routing(model, seen[0]):
+        expected = model(**batch).loss
+    torch.testing.assert_close(loss, expected)
+
+
+def test_policy_learns_the_better_expert(tmp_path):
+    """Expert 0 does nothing, expert 1 does harm: the router must come to prefer expert 0."""
+    model = remix_model(targets=("down_proj",), layers=(1,))
+    for name, parameter in model.named_parameters():
+        if "bank" in name:
+            parameter.requires_grad_(False)
+            if name.endswith(".B"):
+                parameter.data[0] = 0.0
+                parameter.data[1] *= 3.0
+    batch = batch_of(rows=8)
+
+    def share_of_the_good_expert():
+        with torch.no_grad(), record_routing(model.eval()) as record:
+            model(**batch)
+        model.train()
+        (ids,) = record.values()
+        return (ids == 0).float().mean().item()
+
+    before = share_of_the_good_expert()
+    RoutedTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=40, per_device_train_batch_size=8, learning_rate=0.05),
+        train_dataset=dataset(),
+        policy=PolicyConfig(credit="to_go"),
+    ).train()
+    assert share_of_the_good_expert() > before + 0.1
+
+
+def test_router_learning_rate(tmp_path):
+    model = remix_model(router_lr=0.5)
+    trainer = RoutedTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset())
+    rates = {len(group["params"]): group["lr"] for group in trainer.create_optimizer().param_groups}
+    assert rates == {2: 1e-2, 1: 0.5}
+    assert [group["lr"] for group in param_groups(model, 1e-3, 2e-3)] == [1e-3, 2e-3]
+
+
+def test_to_go_needs_token_decisions():
+    model = remix_model(scope="sequence")
+    batch = batch_of()
+    with policy_gradient(model) as state:
+        losses = token_losses(model(**batch).logits.detach(), batch["labels"])
+        assert sample_of(state, losses, "sequence").log_prob.shape == (2,)
+        with pytest.raises(ConfigError, match="one decision a token"):
+            sample_of(state, losses, "to_go")
+
+
+def test_bad_policy():
+    with pytest.raises(ConfigError, match="num_samples is 1"):
+        PolicyConfig(num_samples=1).validate()
+    with pytest.raises(ConfigError, match="credit is 'token'"):
+        PolicyConfig(credit="token").validate()
+
+
+def test_every_sample_reaches_the_router(monkeypatch, tmp_path):
+    """The gradient of an optimizer step is the surrogate over all M passes, not over the pass with a graph alone."""
+    model = remix_model()
+    trainer = RoutedTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=dataset(), policy=PolicyConfig(num_samples=3)
+    )
+    collected = []
+    monkeypatch.setattr(
+        "moe_kit.training.trainer.policy_loss",
+        lambda samples, items, credit: collected.extend(samples) or policy_loss(samples, items, credit),
+    )
+    loss = trainer.compute_loss(model, batch_of())
+    (router,) = [parameter for name, parameter in model.named_parameters() if "router" in name]
+    assert len(collected) == 3
+    parts = [torch.autograd.grad(s.log_prob.sum(), router, retain_graph=True)[0] for s in collected]
+    assert all(part.abs().max() > 0 for part in parts)
+    losses = torch.stack([s.losses_BS.sum(-1) for s in collected]) / (batch_of()["labels"][:, 1:].numel())
+    advantages = (losses - losses.mean(0)) / 2
+    expected = sum(
+        torch.autograd.grad((a * s.log_prob).sum(), router, retain_graph=True)[0]
+        for a, s in zip(advantages, collected, strict=True)
+    )
+    loss.backward()
+    torch.testing.assert_close(router.grad, expected)
