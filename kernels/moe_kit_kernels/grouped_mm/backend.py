@@ -1,7 +1,7 @@
 """Which implementation of an operator runs, and why another one cannot: one function shared by the grouped operators.
 
-`auto` never fails: it takes Triton for tensors on a GPU that Triton can compile for, the plain PyTorch path otherwise.
-An implementation that was asked for by name and cannot run here is an error that says what runs instead.
+`auto` never fails: it takes Triton for tensors on a GPU, the tuned plain PyTorch path on the CPU, and the reference on
+any other device. An implementation that was asked for by name and cannot run here is an error that says what runs instead.
 """
 
 import importlib.util
@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from moe_kit_kernels.errors import KernelError
+from moe_kit_kernels.common.checks import fail
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
 
@@ -19,35 +19,44 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def resolve_backend(operator: str, backend: str, device: torch.device) -> str:
-    """Return the implementation to run: `"cpu"` (plain PyTorch), `"triton"` or `"reference"`.
+def resolve_backend(operator: str, backend: str, device: torch.device, *, portable: bool = False) -> str:
+    """Return the implementation to run: `"cpu"` (tuned plain PyTorch), `"triton"` or `"reference"`.
 
     Args:
         operator: Name used in messages.
         backend: One of `BACKENDS`.
         device: Device of the operator's inputs.
+        portable: The plain PyTorch path of this operator runs on every device, not only on the CPU.
 
     Returns:
         A member of `BACKENDS` other than `"auto"`.
 
     Raises:
-        KernelError: `backend` is unknown, or `"triton"` was asked for where it cannot run.
+        KernelError: `backend` is unknown, or an implementation was asked for that cannot run on `device`.
     """
     if backend not in BACKENDS:
-        raise KernelError(f"{operator}: backend {backend!r} is unknown; expected one of {BACKENDS}")
+        raise fail(operator, "backend", repr(backend), f"one of {BACKENDS}", 'Pass backend="auto"')
     has_triton = importlib.util.find_spec("triton") is not None
+    plain = "cpu" if portable or device.type == "cpu" else "reference"
     if backend == "auto":
-        return "triton" if device.type == "cuda" and has_triton else "cpu"
+        return "triton" if device.type == "cuda" and has_triton else plain
     if backend == "triton":
         if not has_triton:
-            raise KernelError(
-                f'{operator}: backend "triton" needs the triton package, which is not installed; '
-                'install it, or pass backend="auto", which runs the plain PyTorch path'
+            raise fail(
+                operator,
+                "backend",
+                "'triton'",
+                "an installed triton package, which is missing",
+                f'Install triton, or pass backend="auto", which runs "{plain}" here',
             )
         if device.type != "cuda" and not interpreting():
-            raise KernelError(
-                f'{operator}: backend "triton" needs tensors on a CUDA device, got {device}; move them there, or pass '
-                'backend="auto", which runs the plain PyTorch path (TRITON_INTERPRET=1 runs the kernels in the '
-                "interpreter, for tests only)"
+            raise fail(
+                operator,
+                "backend",
+                f"'triton' with tensors on {device}",
+                "tensors on a CUDA device (or TRITON_INTERPRET=1, for tests)",
+                f'Move them to a GPU, or pass backend="auto", which runs "{plain}" here',
             )
+    if backend == "cpu" and plain != "cpu":
+        raise fail(operator, "backend", f"'cpu' with tensors on {device}", "tensors on the CPU", 'Pass backend="auto"')
     return backend

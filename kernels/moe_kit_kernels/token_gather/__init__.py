@@ -54,7 +54,7 @@ def token_gather(
             f"{tuple(keep_T.shape)}; compare the gate with its threshold first"
         )
     _check_device("token_gather", x_TD, keep_T=keep_T)
-    name = resolve_backend("token_gather", backend, x_TD.device)
+    name = resolve_backend("token_gather", backend, x_TD.device, portable=True)
     if bound is not None and bound < 0:
         raise KernelError(f"token_gather: bound must be at least 0, got {bound}")
     if torch.compiler.is_compiling():
@@ -117,7 +117,7 @@ def token_scatter(
             f"token_scatter: weights_T must be floating of shape {tuple(base_TD.shape[:1])}, got {weights_T.dtype} "
             f"{tuple(weights_T.shape)}"
         )
-    name = resolve_backend("token_scatter", backend, base_TD.device)
+    name = resolve_backend("token_scatter", backend, base_TD.device, portable=True)
     if name == "reference" or torch.compiler.is_compiling():
         return reference.token_scatter(y_ND, index_N, base_TD, weights_T)
     return TokenScatter.apply(y_ND, index_N, base_TD, weights_T, name)

@@ -1,0 +1,49 @@
+"""Autograd function of the feed-forward experts for the plain PyTorch path; see `cpu.py` for the equations."""
+
+import torch
+from torch import Tensor
+
+from moe_kit_kernels.experts_mlp import cpu
+from moe_kit_kernels.route_plan import RoutePlan
+
+
+class ExpertsMLP(torch.autograd.Function):
+    """Routed feed-forward experts; saves x, the stacks, the weights and the pre-activations `[P, F]`."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x_TD: Tensor,
+        up_EFD: Tensor,
+        down_EDH: Tensor,
+        weights_P: Tensor,
+        up_bias_EF: Tensor | None,
+        down_bias_ED: Tensor | None,
+        plan: RoutePlan,
+        activation: str,
+    ) -> Tensor:
+        """Return the result `[T, D]`."""
+        y_TD, z_PF = cpu.forward(
+            x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED, activation, any(ctx.needs_input_grad)
+        )
+        ctx.save_for_backward(x_TD, up_EFD, down_EDH, weights_P, down_bias_ED, z_PF)
+        ctx.plan, ctx.activation = plan, activation
+        return y_TD
+
+    @staticmethod
+    def backward(ctx, dy_TD: Tensor):
+        """Return the gradients of x, up, down, weights and the biases."""
+        x_TD, up_EFD, down_EDH, weights_P, down_bias_ED, z_PF = ctx.saved_tensors
+        gradients = cpu.backward(
+            dy_TD,
+            x_TD,
+            up_EFD,
+            down_EDH,
+            ctx.plan,
+            weights_P,
+            down_bias_ED,
+            z_PF,
+            ctx.activation,
+            ctx.needs_input_grad[:6],
+        )
+        return *gradients, None, None
