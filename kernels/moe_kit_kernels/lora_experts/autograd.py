@@ -11,6 +11,7 @@ the parameters. Nothing of size P*O, P*D or T*E*L.
 Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = sum of E*L over projections.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,57 @@ class Group:
     """The caller owns the base results and lets them be overwritten."""
 
 
+def dense_forward(
+    group: Group, x_TD: Tensor, weights: Tensor, tensors: Sequence[Tensor | None], *, keep: bool
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Compute the n results; plain PyTorch, for use inside an autograd function or without gradients.
+
+    Args:
+        group: what the projections share.
+        x_TD: [T, D] inputs.
+        weights: weights of the pairs, or [T, E].
+        tensors: bases, biases, A and B, n of each in this order.
+        keep: gather H of the chosen experts for the backward.
+
+    Returns:
+        The results [T, O_i], and the tensors of H to keep.
+    """
+    n = group.projections
+    bases, biases, A, B = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
+    dtype = torch.promote_types(x_TD.dtype, A[0].dtype)
+    ranks = tuple(a.shape[1] for a in A)
+    E = A[0].shape[0]
+    H_TC = x_TD.to(dtype) @ cpu.join_down(A, dtype).t()
+    kept = cpu.keep_chosen(H_TC, group.plan, ranks) if keep else ()
+    if kept and kept[0] is H_TC:
+        H_TC = H_TC.clone()
+    expand_EC = cpu.expansion(E, ranks, group.scale, torch.promote_types(weights.dtype, torch.float32))
+    G_TC = cpu.weigh(H_TC, cpu.gates(group.plan, weights).to(expand_EC.dtype), expand_EC)
+
+    results = []
+    column = 0
+    for base, bias, b_EOL in zip(bases, biases, B, strict=True):
+        width = E * b_EOL.shape[2]
+        part_TC = G_TC if n == 1 else G_TC[:, column : column + width]
+        column += width
+        Bt_CO = cpu.join_up(b_EOL, dtype).t()
+        if base is None:
+            results.append((part_TC @ Bt_CO).to(x_TD.dtype))
+            continue
+        if group.linear:
+            base_TO, owned = torch.nn.functional.linear(x_TD, base, bias), True
+        else:
+            base_TO, owned = base, group.overwrite_base
+        if base_TO.dtype == dtype:
+            results.append(base_TO.addmm_(part_TC, Bt_CO) if owned else torch.addmm(base_TO, part_TC, Bt_CO))
+        elif owned:
+            # adapters wider than the base: the sum is rounded once
+            results.append(base_TO.copy_((part_TC @ Bt_CO).add_(base_TO)))
+        else:
+            results.append((part_TC @ Bt_CO).add_(base_TO).to(base_TO.dtype))
+    return results, kept
+
+
 class DenseLoraGroup(torch.autograd.Function):
     """n projections as plain GEMMs; see the module's docstring.
 
@@ -49,47 +101,13 @@ class DenseLoraGroup(torch.autograd.Function):
     def forward(ctx: Any, group: Group, x_TD: Tensor, weights: Tensor, *tensors: Tensor | None) -> Any:
         """Compute the n results."""
         n = group.projections
-        bases, biases, A, B = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
-        dtype = torch.promote_types(x_TD.dtype, A[0].dtype)
-        ranks = tuple(a.shape[1] for a in A)
-        E = A[0].shape[0]
-        xc_TD = x_TD.to(dtype)
-
-        H_TC = xc_TD @ cpu.join_down(A, dtype).t()
+        A, B = tensors[2 * n : 3 * n], tensors[3 * n :]
         needs = ctx.needs_input_grad
         # H is read by the gradients of the weights and of B only
-        kept = cpu.keep_chosen(H_TC, group.plan, ranks) if needs[2] or any(needs[3 + 3 * n :]) else ()
-        if kept and kept[0] is H_TC:
-            H_TC = H_TC.clone()
-        expand_EC = cpu.expansion(E, ranks, group.scale, torch.promote_types(weights.dtype, torch.float32))
-        G_TC = cpu.weigh(H_TC, cpu.gates(group.plan, weights).to(expand_EC.dtype), expand_EC)
-
-        results = []
-        dirty = []
-        column = 0
-        for base, bias, b_EOL in zip(bases, biases, B, strict=True):
-            width = E * b_EOL.shape[2]
-            part_TC = G_TC[:, column : column + width]
-            column += width
-            Bt_CO = cpu.join_up(b_EOL, dtype).t()
-            if base is None:
-                y_TO = part_TC @ Bt_CO
-                results.append(y_TO.to(x_TD.dtype))
-                continue
-            if group.linear:
-                base_TO = torch.nn.functional.linear(x_TD, base, bias)
-                owned = True
-            else:
-                base_TO, owned = base, group.overwrite_base
-            if base_TO.dtype == dtype:
-                results.append(base_TO.addmm_(part_TC, Bt_CO) if owned else torch.addmm(base_TO, part_TC, Bt_CO))
-            elif owned:
-                # adapters wider than the base: the sum is rounded once
-                results.append(base_TO.copy_((part_TC @ Bt_CO).add_(base_TO)))
-            else:
-                results.append((part_TC @ Bt_CO).add_(base_TO).to(base_TO.dtype))
-            if owned and not group.linear:
-                dirty.append(base)
+        keep = needs[2] or any(needs[3 + 3 * n :])
+        results, kept = dense_forward(group, x_TD, weights, tensors, keep=keep)
+        bases = tensors[:n]
+        dirty = [base for base in bases if base is not None] if group.overwrite_base else []
         if dirty:
             ctx.mark_dirty(*dirty)
 

@@ -18,9 +18,10 @@ Several projections that read one x (q, k, v) share the GEMMs of A: columns are 
 
 Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = all columns = sum of E*L over projections.
 
-It is not sparse in compute: E/K times the FLOPs of the chosen experts; `sorted.py` is.
+It is not sparse in compute: E/K times the FLOPs of the chosen experts; `cpu_sorted.py` is.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -61,9 +62,7 @@ def gates(plan: RoutePlan | None, weights: Tensor) -> Tensor:
     """
     if plan is None:
         return weights
-    width = plan.num_experts + 1
-    table = weights.new_zeros(plan.num_tokens * width)
-    return table.scatter_add_(0, plan.gate_index_P, weights.reshape(-1)).view(-1, width)
+    return plan.gates_TE1(weights)
 
 
 def chosen_rows(plan: RoutePlan, projections: int) -> Tensor:
@@ -133,7 +132,7 @@ def spread_chosen(kept: tuple[Tensor, ...], plan: RoutePlan | None, ranks: tuple
     return torch.cat(parts, dim=1)
 
 
-def join_down(A: list[Tensor], dtype: torch.dtype) -> Tensor:
+def join_down(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Stack the A of all projections; no copy for a single contiguous one.
 
     Args:

@@ -7,56 +7,17 @@ Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, 
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape, fail
 from moe_kit_kernels.lora_experts import halves
-from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group
-from moe_kit_kernels.lora_experts.reference import lora_down_reference, lora_experts_reference, lora_up_reference
-from moe_kit_kernels.route_plan import RoutePlan, route_plan
+from moe_kit_kernels.lora_experts.dispatch import Decision, check_decision, run_experts
+from moe_kit_kernels.lora_experts.reference import lora_down_reference, lora_up_reference
+from moe_kit_kernels.route_plan import RoutePlan
 
-BACKENDS = ("auto", "dense", "reference")
-
-
-def resolve_plan(
-    operator: str, T: int, E: int, ids: Tensor | None, weights: Tensor, plan: RoutePlan | None
-) -> RoutePlan | None:
-    """Find the plan of a call and check it against the sizes of x, of the experts and of the weights.
-
-    Args:
-        operator: public name, for messages.
-        T: rows of x.
-        E: experts of the bank.
-        ids: [T, K] ids or None.
-        weights: [T, K] or [P] weights; [T, E] when both `ids` and `plan` are None.
-        plan: a plan made before, or None.
-
-    Returns:
-        The plan, or None when every expert is chosen.
-
-    Raises:
-        KernelError: sizes disagree, or ids are below -1.
-    """
-    if not weights.is_floating_point():
-        raise fail(operator, "dtype of the weights", weights.dtype, "float32", "Convert them: weights.float()")
-    if plan is None:
-        if ids is None:
-            check_shape(operator, "weights", weights, (T, E), "[T, E] when there are neither ids nor a plan")
-            return None
-        if ids.dim() != 2 or ids.shape[0] != T:
-            raise fail(operator, "shape of expert_ids_TK", list(ids.shape), f"[{T}, K]", "One row of ids a row of x")
-        check_shape(operator, "weights_TK", weights, tuple(ids.shape), "that of expert_ids_TK")
-        return route_plan(ids, E)
-    if plan.num_tokens != T or plan.num_experts != E:
-        got = f"for {plan.num_tokens} tokens and {plan.num_experts} experts"
-        raise fail(operator, "the plan", got, f"{T} tokens and {E} experts", "Build the plan from this routing")
-    if weights.numel() != plan.num_pairs:
-        raise fail(
-            operator, "shape of the weights", list(weights.shape), f"{plan.num_pairs} pairs", "Pass [T, K] or [P]"
-        )
-    return plan
+BACKENDS = ("auto", "dense", "sorted", "decode", "reference")
+HALF_BACKENDS = ("auto", "dense", "reference")
 
 
 def check_experts(operator: str, x_TD: Tensor, A_ELD: Tensor, B_EOL: Tensor) -> None:
@@ -122,61 +83,28 @@ def lora_experts(
         base_TO: [T, O] result of the frozen layer; None adds nothing.
         overwrite_base: allow writing the result over `base_TO`, which saves a pass over [T, O]. Only for a fresh
             tensor whose value nobody else reads, also not its own backward.
-        backend: "auto", "dense" or "reference".
+        backend: "dense" computes all experts by two GEMMs and masks; "sorted" computes the chosen ones; "decode" is
+            for a few tokens without gradients; "reference" is the plain definition; "auto" asks the cost model.
 
     Returns:
         [T, O] in the dtype of the base, else of x.
 
     Raises:
-        KernelError: shapes, dtypes, devices or ids that do not fit, or an unknown backend.
+        KernelError: shapes, dtypes, devices or ids that do not fit, an unknown backend, or decode with gradients.
 
     Source: the module's equation; the gate's gradient is taken in rank space, so nothing of size P*O is kept.
     """
     name = "lora_experts"
     check_experts(name, x_TD, A_ELD, B_EOL)
     check_backend(name, backend, BACKENDS)
-    T, E, O = x_TD.shape[0], A_ELD.shape[0], B_EOL.shape[1]
-    plan = resolve_plan(name, T, E, expert_ids_TK, weights_TK, plan)
+    T, _E, O = x_TD.shape[0], A_ELD.shape[0], B_EOL.shape[1]
     check_device(name, x_TD.device, weights=weights_TK, base_TO=base_TO, ids=expert_ids_TK)
     if base_TO is not None:
         check_shape(name, "base_TO", base_TO, (T, O), "[T, O] with T of x and O of B")
-    if backend == "reference":
-        plan = plan or all_experts_plan(T, E, x_TD.device)
-        return lora_experts_reference(x_TD, A_ELD, B_EOL, plan, weights_TK, scale=scale, base_TO=base_TO)
-    dtype = autocast_dtype(x_TD.device)
-    if dtype is not None:
-        x_TD, A_ELD, B_EOL = cast_all([x_TD, A_ELD, B_EOL], dtype)
-        with no_autocast(x_TD.device):
-            return _dense(x_TD, A_ELD, B_EOL, plan, weights_TK, scale, base_TO, overwrite_base)
-    return _dense(x_TD, A_ELD, B_EOL, plan, weights_TK, scale, base_TO, overwrite_base)
-
-
-def _dense(
-    x_TD: Tensor,
-    A_ELD: Tensor,
-    B_EOL: Tensor,
-    plan: RoutePlan | None,
-    weights: Tensor,
-    scale: float,
-    base_TO: Tensor | None,
-    overwrite_base: bool,
-) -> Tensor:
-    group = Group(plan, float(scale), 1, linear=False, overwrite_base=overwrite_base)
-    return DenseLoraGroup.apply(group, x_TD, weights, base_TO, None, A_ELD, B_EOL)[0]
-
-
-def all_experts_plan(T: int, E: int, device: torch.device) -> RoutePlan:
-    """Plan the routing in which every token has every expert, slot k = expert k.
-
-    Args:
-        T: tokens.
-        E: experts.
-        device: where the index tensors live.
-
-    Returns:
-        The plan with K = E.
-    """
-    return route_plan(torch.arange(E, device=device).expand(T, E), E)
+    decision = Decision(expert_ids_TK, weights_TK, plan)
+    return run_experts(
+        name, backend, decision, float(scale), x_TD, base_TO, A_ELD, B_EOL, overwrite_base=overwrite_base
+    )
 
 
 def lora_down(
@@ -199,7 +127,7 @@ def lora_down(
     name = "lora_down"
     stacks = [A] if isinstance(A, Tensor) else list(A)
     check_float(name, "x_TD", x_TD, 2)
-    check_backend(name, backend, BACKENDS)
+    check_backend(name, backend, HALF_BACKENDS)
     for a in stacks:
         check_float(name, "A_ELD", a, 3)
         check_shape(name, "A_ELD", a, (plan.num_experts, None, x_TD.shape[1]), "[E, L, D] with E of the plan, D of x")
@@ -247,11 +175,11 @@ def lora_up(
     name = "lora_up"
     check_float(name, "H_PL", H_PL, 2)
     check_float(name, "B_EOL", B_EOL, 3)
-    check_backend(name, backend, BACKENDS)
+    check_backend(name, backend, HALF_BACKENDS)
     check_shape(name, "H_PL", H_PL, (plan.num_pairs, None), "[P, L] with P of the plan")
     check_shape(name, "B_EOL", B_EOL, (plan.num_experts, None, H_PL.shape[1]), "[E, O, L] with E of the plan, L of H")
     check_device(name, H_PL.device, B_EOL=B_EOL, weights=weights, base_TO=base_TO)
-    resolve_plan(name, plan.num_tokens, plan.num_experts, None, weights, plan)
+    check_decision(name, plan.num_tokens, plan.num_experts, Decision(None, weights, plan))
     if base_TO is not None:
         check_shape(name, "base_TO", base_TO, (plan.num_tokens, B_EOL.shape[1]), "[T, O]")
     if backend == "reference":

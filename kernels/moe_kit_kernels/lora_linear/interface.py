@@ -12,14 +12,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape, fail
-from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group
-from moe_kit_kernels.lora_experts.interface import all_experts_plan, check_backend, check_experts, resolve_plan
-from moe_kit_kernels.lora_linear.reference import lora_linear_reference
+from moe_kit_kernels.lora_experts.dispatch import Decision, run_linears
+from moe_kit_kernels.lora_experts.interface import BACKENDS, check_backend, check_experts
 from moe_kit_kernels.route_plan import RoutePlan
-
-BACKENDS = ("auto", "dense", "reference")
 
 
 def lora_linear(
@@ -47,7 +43,7 @@ def lora_linear(
         weights_TK: [T, K] float32 weights, [P] with a plan of pairs, [T, E] with neither ids nor plan.
         plan: the routing's plan, shared among layers. Built here when None.
         scale: factor on the adapters' sum.
-        backend: "auto", "dense" or "reference".
+        backend: as in `lora_experts`.
 
     Returns:
         [T, O] in the dtype that the linear layer has.
@@ -96,7 +92,7 @@ def lora_linear_group(
         weights_TK: as in `lora_linear`.
         plan: as in `lora_linear`.
         scale: factor on the adapters' sums, one for all.
-        backend: "auto", "dense" or "reference".
+        backend: as in `lora_experts`.
 
     Returns:
         One [T, O_i] a projection.
@@ -110,7 +106,7 @@ def lora_linear_group(
         got = f"{n}, {len(biases_O)}, {len(A)}, {len(B)} weights, biases, A and B"
         raise fail(name, "the group", got, "as many of each, at least one", "Pass one entry a projection")
     check_backend(name, backend, BACKENDS)
-    T, E = x_TD.shape[0], A[0].shape[0]
+    _T, E = x_TD.shape[0], A[0].shape[0]
     for w, bias, a, b in zip(weights_OD, biases_O, A, B, strict=True):
         check_experts(name, x_TD, a, b)
         check_shape(name, "A_ELD", a, (E, None, None), "the number of experts of the first projection")
@@ -118,18 +114,5 @@ def lora_linear_group(
         check_shape(name, "weight_OD", w, (b.shape[1], x_TD.shape[1]), "[O, D] with O of B and D of x")
         check_device(name, x_TD.device, weight_OD=w, bias_O=bias)
     check_device(name, x_TD.device, weights=weights_TK, ids=expert_ids_TK)
-    plan = resolve_plan(name, T, E, expert_ids_TK, weights_TK, plan)
-    if backend == "reference":
-        plan = plan or all_experts_plan(T, E, x_TD.device)
-        return tuple(
-            lora_linear_reference(x_TD, w, bias, a, b, plan, weights_TK, scale=scale)
-            for w, bias, a, b in zip(weights_OD, biases_O, A, B, strict=True)
-        )
-    group = Group(plan, float(scale), n, linear=True)
-    tensors = [*weights_OD, *biases_O, *A, *B]
-    dtype = autocast_dtype(x_TD.device)
-    if dtype is None:
-        return DenseLoraGroup.apply(group, x_TD, weights_TK, *tensors)
-    x_TD, *tensors = cast_all([x_TD, *tensors], dtype)
-    with no_autocast(x_TD.device):
-        return DenseLoraGroup.apply(group, x_TD, weights_TK, *tensors)
+    decision = Decision(expert_ids_TK, weights_TK, plan)
+    return run_linears(name, backend, decision, float(scale), x_TD, weights_OD, biases_O, A, B)

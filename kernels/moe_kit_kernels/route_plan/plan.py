@@ -36,14 +36,14 @@ class RoutePlan:
 
     expert_P: Tensor
     """[P] expert of each pair in the given order, in [0, E]; E means dropped."""
-    token_P: Tensor
-    """[P] token of each pair, in [0, T)."""
     num_tokens: int
     """T, rows of x and of the result."""
     num_experts: int
     """E."""
     slots: int | None
     """K when the pairs are the rows of a [T, K] table of ids, in that order; None for free pairs."""
+    free_token_P: Tensor | None = None
+    """[P] token of each free pair, in [0, T); None for a table. Read `token_P`."""
 
     @property
     def num_pairs(self) -> int:
@@ -54,6 +54,14 @@ class RoutePlan:
     def device(self) -> torch.device:
         """Device of the index tensors."""
         return self.expert_P.device
+
+    @cached_property
+    def token_P(self) -> Tensor:
+        """[P] int64 token of each pair in the given order, in [0, T)."""
+        if self.free_token_P is not None:
+            return self.free_token_P
+        T, K = self.num_tokens, self.slots
+        return torch.arange(T, device=self.device).view(T, 1).expand(T, K).reshape(-1)
 
     @cached_property
     def counts_E(self) -> Tensor:
@@ -139,25 +147,40 @@ class RoutePlan:
         Returns:
             [T, E]; 0 where an expert is not chosen; weights of repeated pairs add up.
         """
+        return self.gates_TE1(weights_P)[:, :-1]
+
+    def gates_TE1(self, weights_P: Tensor) -> Tensor:
+        """Weights as a dense table with one more column, differentiable.
+
+        Args:
+            weights_P: weight of each pair in the given order, [P] or [T, K].
+
+        Returns:
+            [T, E + 1]; the last column is the sum of the dropped pairs' weights.
+        """
         width = self.num_experts + 1
+        if self.slots is not None:
+            shape = (self.num_tokens, self.slots)
+            table = weights_P.new_zeros(self.num_tokens, width)
+            return table.scatter_add(1, self.expert_P.view(shape), weights_P.reshape(shape))
         flat = weights_P.new_zeros(self.num_tokens * width)
-        return flat.scatter_add(0, self.gate_index_P, weights_P.reshape(-1)).view(-1, width)[:, :-1]
+        return flat.scatter_add(0, self.gate_index_P, weights_P.reshape(-1)).view(-1, width)
 
 
-def _check_ids(operator: str, ids: Tensor, num_experts: int) -> None:
+def _clean_ids(operator: str, ids: Tensor, num_experts: int) -> Tensor:
+    """Check ids and map dropped ones to E; where reading values costs no wait, ids in range are taken as they are."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise fail(operator, "dtype of the expert ids", ids.dtype, "an integer dtype", "Convert them: ids.long()")
     if num_experts < 1:
         raise fail(operator, "num_experts", num_experts, "at least 1", "Pass the size of the expert bank")
-    # values are looked at only where that does not wait for a device
+    ids = ids.to(torch.int64)
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        lowest = int(ids.min())
+        low, high = torch.aminmax(ids)
+        lowest, highest = int(low), int(high)
         if lowest < -1:
             raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
-
-
-def _drop(ids: Tensor, num_experts: int) -> Tensor:
-    ids = ids.to(torch.int64)
+        if lowest >= 0 and highest < num_experts:
+            return ids
     return torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
 
 
@@ -182,10 +205,8 @@ def route_plan(expert_ids_TK: Tensor, num_experts: int) -> RoutePlan:
     """
     if expert_ids_TK.dim() != 2:
         raise fail("route_plan", "shape of expert_ids_TK", list(expert_ids_TK.shape), "[T, K]", "Reshape it")
-    _check_ids("route_plan", expert_ids_TK, num_experts)
     T, K = expert_ids_TK.shape
-    token_P = torch.arange(T, device=expert_ids_TK.device).view(T, 1).expand(T, K).reshape(-1)
-    return RoutePlan(_drop(expert_ids_TK.reshape(-1), num_experts), token_P, T, num_experts, K)
+    return RoutePlan(_clean_ids("route_plan", expert_ids_TK.reshape(-1), num_experts), T, num_experts, K)
 
 
 def route_plan_pairs(token_P: Tensor, expert_P: Tensor, num_tokens: int, num_experts: int) -> RoutePlan:
@@ -208,8 +229,8 @@ def route_plan_pairs(token_P: Tensor, expert_P: Tensor, num_tokens: int, num_exp
         raise fail("route_plan_pairs", "shapes of token_P, expert_P", got, "[P] and [P]", "Flatten the pairs")
     if token_P.is_floating_point():
         raise fail("route_plan_pairs", "dtype of token_P", token_P.dtype, "an integer dtype", "Convert it")
-    _check_ids("route_plan_pairs", expert_P, num_experts)
+    expert_P = _clean_ids("route_plan_pairs", expert_P, num_experts)
     token_P = token_P.to(torch.int64)
     outside = (token_P < 0) | (token_P >= num_tokens)
-    expert_P = torch.where(outside, num_experts, _drop(expert_P, num_experts))
-    return RoutePlan(expert_P, torch.where(outside, 0, token_P), num_tokens, num_experts, None)
+    expert_P = torch.where(outside, num_experts, expert_P)
+    return RoutePlan(expert_P, num_tokens, num_experts, None, torch.where(outside, 0, token_P))

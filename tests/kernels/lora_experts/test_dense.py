@@ -3,6 +3,7 @@
 import pytest
 import torch
 from moe_kit_kernels import KernelError, lora_down, lora_experts, lora_up, route_plan, route_plan_pairs
+from moe_kit_kernels.lora_experts import cpu_sorted
 from moe_kit_kernels.lora_linear import lora_linear, lora_linear_group
 
 from tests.tolerances import assert_close
@@ -65,9 +66,36 @@ def check_experts(x, A, B, base, ids, weights, backend="dense", **more):
     compare(call(backend), call("reference"), inputs)
 
 
+@pytest.mark.parametrize("backend", ["dense", "sorted", "auto"])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_reference(case, poison_empty):
-    check_experts(*make(**CASES[case]))
+def test_equals_reference(case, backend, poison_empty):
+    check_experts(*make(**CASES[case]), backend=backend)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sorted_by_grouped_products(case, poison_empty):
+    # float32 and widths of 16 bytes take the other walk over the experts
+    sizes = CASES[case] | {"D": 24, "O": 40, "L": 4}
+    x, A, B, base, ids, weights = make(**sizes, dtype=torch.float32)
+    assert cpu_sorted.can_group(24, 40, 4, torch.float32)
+    check_experts(x, A, B, base, ids, weights, backend="sorted")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decode_equals_reference(case):
+    x, A, B, base, ids, weights = make(**CASES[case])
+    ids = torch.where(torch.rand(ids.shape) < 0.2, -1, ids)
+    with torch.no_grad():
+        for b in (None, base):
+            args = (x, A, B, ids, weights)
+            y = lora_experts(*args, base_TO=b, backend="decode", scale=0.5)
+            assert_close("y", y, lora_experts(*args, base_TO=b, backend="reference", scale=0.5))
+            planned = lora_experts(
+                x, A, B, None, weights, plan=route_plan(ids, A.shape[0]), base_TO=b, backend="decode", scale=0.5
+            )
+            assert_close("y", planned, y)
+        fresh = base.clone()
+        assert lora_experts(*args, base_TO=fresh, overwrite_base=True, backend="decode") is fresh
 
 
 @pytest.mark.parametrize(
@@ -79,9 +107,10 @@ def test_equals_reference(case, poison_empty):
         [[2, 2]] * 4,  # all to one, the others empty
     ],
 )
-def test_ids_that_are_not_usual(ids, poison_empty):
+@pytest.mark.parametrize("backend", ["dense", "sorted"])
+def test_ids_that_are_not_usual(ids, backend, poison_empty):
     x, A, B, base, ids, weights = make(4, 3, 2, 6, 5, 2, ids=torch.tensor(ids))
-    check_experts(x, A, B, base, ids, weights)
+    check_experts(x, A, B, base, ids, weights, backend=backend)
 
 
 def test_every_expert_without_ids(poison_empty):
@@ -94,7 +123,8 @@ def test_pairs(poison_empty):
     x, A, B, base, _, _ = make(7, 3, 1, 6, 5, 2)
     token_P, expert_P = torch.tensor([3, 0, 3, 6, 2, 9, 3]), torch.tensor([1, 0, 2, -1, 0, 1, 1])
     plan = route_plan_pairs(token_P, expert_P, 7, 3)
-    check_experts(x, A, B, base, None, torch.rand(7, dtype=torch.float64), plan=plan)
+    for backend in ("dense", "sorted"):
+        check_experts(x, A, B, base, None, torch.rand(7, dtype=torch.float64), plan=plan, backend=backend)
 
 
 def test_non_contiguous(poison_empty):
@@ -280,6 +310,8 @@ def test_bad_input():
         lora_experts(x, A, B, ids - 2 - ids.min(), weights)
     with pytest.raises(KernelError, match="backend"):
         lora_experts(x, A, B, ids, weights, backend="fast")
+    with pytest.raises(KernelError, match="gradient"):
+        lora_experts(x, A, B, ids, weights, backend="decode")
     with pytest.raises(KernelError, match="A_ELD"):
         lora_experts(x, A[:, :, :3], B, ids, weights)
     with pytest.raises(KernelError, match="dtype of x_TD"):

@@ -1,0 +1,78 @@
+"""Routed LoRA experts for a handful of tokens, forward only: no plan, no sort, no mask (the `decode` implementation).
+
+    y_t = base_t + scale * sum_k w_tk B_e(t,k) (A_e(t,k) x_t)
+
+A step of decoding is one to a few tokens, so its price is the number of calls and the bytes of the chosen experts.
+Every pair reads its expert in place, by two matrix-vector products; nothing is copied. Gradients come from the other
+implementations.
+
+Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_kit_kernels.common.checks import fail
+
+
+def decode(
+    x_TD: Tensor,
+    A_ELD: Tensor,
+    B_EOL: Tensor,
+    ids_TK: list[list[int]],
+    weights_TK: Tensor,
+    scale: float,
+    base_TO: Tensor | None,
+    overwrite: bool,
+) -> Tensor:
+    """Compute the forward without a plan.
+
+    Args:
+        x_TD: [T, D] inputs.
+        A_ELD: [E, L, D] down projections.
+        B_EOL: [E, O, L] up projections.
+        ids_TK: [T, K] ids as Python integers; -1 and ids >= E are empty slots.
+        weights_TK: [T, K] (or [T*K]) weights.
+        scale: factor on the sum.
+        base_TO: [T, O] or None.
+        overwrite: write over `base_TO`.
+
+    Returns:
+        [T, O] in the dtype of the base, else of x.
+
+    Raises:
+        KernelError: an id below -1.
+    """
+    T = x_TD.shape[0]
+    E, O, L = B_EOL.shape
+    dtype = torch.promote_types(x_TD.dtype, A_ELD.dtype)
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    out_dtype = x_TD.dtype if base_TO is None else base_TO.dtype
+    if base_TO is None:
+        y_TO = x_TD.new_zeros(T, O, dtype=sum_dtype)
+    elif base_TO.dtype == sum_dtype:
+        y_TO = base_TO if overwrite else base_TO.clone()
+    else:
+        y_TO = base_TO.to(sum_dtype)
+    K = len(ids_TK[0]) if ids_TK else 0
+    if T and K:
+        rows_T, sums_T = x_TD.to(dtype).unbind(), y_TO.unbind()
+        H_PL = x_TD.new_zeros(T * K, L, dtype=dtype)
+        pairs = []
+        for t, ids in enumerate(ids_TK):
+            for k, e in enumerate(ids):
+                if e < -1:
+                    raise fail("lora_experts", "an expert id", e, "-1 or more", "Mark empty slots with -1")
+                if 0 <= e < E:
+                    p = t * K + k
+                    torch.mv(A_ELD[e].to(dtype), rows_T[t], out=H_PL[p])
+                    pairs.append((p, t, e))
+        G_PL = (H_PL * (weights_TK.reshape(-1, 1).to(sum_dtype) * scale)).to(dtype).unbind()
+        for p, t, e in pairs:
+            if sum_dtype == dtype:
+                sums_T[t].addmv_(B_EOL[e].to(dtype), G_PL[p])
+            else:
+                sums_T[t].add_(torch.mv(B_EOL[e].to(dtype), G_PL[p]))
+    if overwrite and base_TO is not None and y_TO is not base_TO:
+        return base_TO.copy_(y_TO)
+    return y_TO.to(out_dtype)

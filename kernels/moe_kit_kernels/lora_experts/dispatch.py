@@ -1,0 +1,237 @@
+"""Choice and call of an implementation of LoRA experts, after the arguments were checked.
+
+Without gradients the plain functions run and no autograd function is entered: at one token its bookkeeping costs more
+than the mathematics. Decode builds no plan either.
+
+Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
+from moe_kit_kernels.common.checks import check_shape, fail
+from moe_kit_kernels.cost_model import CPU, LoraShape, choose_lora
+from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
+from moe_kit_kernels.lora_experts.cpu_decode import decode
+from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
+from moe_kit_kernels.lora_experts.reference import lora_experts_reference
+from moe_kit_kernels.route_plan import RoutePlan, route_plan
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The routing as the caller gave it: ids, or a plan, or neither (every expert)."""
+
+    ids_TK: Tensor | None
+    """[T, K] ids or None."""
+    weights: Tensor
+    """[T, K] or [P]; [T, E] with neither ids nor plan."""
+    plan: RoutePlan | None
+    """A plan made before, or None."""
+
+
+def resolve_plan(operator: str, T: int, E: int, decision: Decision) -> RoutePlan | None:
+    """Find the plan of a call and check it against the sizes of x, of the experts and of the weights.
+
+    Args:
+        operator: public name, for messages.
+        T: rows of x.
+        E: experts of the bank.
+        decision: the routing.
+
+    Returns:
+        The plan, or None when every expert is chosen.
+
+    Raises:
+        KernelError: sizes disagree, or ids are below -1.
+    """
+    check_decision(operator, T, E, decision)
+    if decision.plan is not None:
+        return decision.plan
+    return None if decision.ids_TK is None else route_plan(decision.ids_TK, E)
+
+
+def check_decision(operator: str, T: int, E: int, decision: Decision) -> None:
+    """Check the sizes of a routing.
+
+    Args:
+        operator: public name, for messages.
+        T: rows of x.
+        E: experts of the bank.
+        decision: the routing.
+
+    Raises:
+        KernelError: sizes disagree, or the weights are not floating point.
+    """
+    ids, weights, plan = decision.ids_TK, decision.weights, decision.plan
+    if not weights.is_floating_point():
+        raise fail(operator, "dtype of the weights", weights.dtype, "float32", "Convert them: weights.float()")
+    if plan is not None:
+        if plan.num_tokens != T or plan.num_experts != E:
+            got = f"for {plan.num_tokens} tokens and {plan.num_experts} experts"
+            raise fail(operator, "the plan", got, f"{T} tokens and {E} experts", "Build the plan from this routing")
+        if weights.numel() != plan.num_pairs:
+            got = list(weights.shape)
+            raise fail(operator, "shape of the weights", got, f"{plan.num_pairs} pairs", "Pass [T, K] or [P]")
+    elif ids is None:
+        check_shape(operator, "weights", weights, (T, E), "[T, E] when there are neither ids nor a plan")
+    else:
+        if ids.dim() != 2 or ids.shape[0] != T:
+            raise fail(operator, "shape of expert_ids_TK", list(ids.shape), f"[{T}, K]", "One row of ids a row of x")
+        check_shape(operator, "weights_TK", weights, tuple(ids.shape), "that of expert_ids_TK")
+
+
+def all_experts_plan(T: int, E: int, device: torch.device) -> RoutePlan:
+    """Plan the routing in which every token has every expert, slot k = expert k.
+
+    Args:
+        T: tokens.
+        E: experts.
+        device: where the index tensors live.
+
+    Returns:
+        The plan with K = E.
+    """
+    return route_plan(torch.arange(E, device=device).expand(T, E), E)
+
+
+def run_experts(
+    operator: str,
+    backend: str,
+    decision: Decision,
+    scale: float,
+    x_TD: Tensor,
+    base_TO: Tensor | None,
+    A_ELD: Tensor,
+    B_EOL: Tensor,
+    *,
+    overwrite_base: bool,
+) -> Tensor:
+    """Run one bank of experts over one input.
+
+    Args:
+        operator: public name, for messages.
+        backend: "auto", "dense", "sorted", "decode" or "reference".
+        decision: the routing.
+        scale: factor on the sum.
+        x_TD: [T, D] inputs.
+        base_TO: [T, O] or None.
+        A_ELD: [E, L, D] down projections.
+        B_EOL: [E, O, L] up projections.
+        overwrite_base: write over `base_TO`.
+
+    Returns:
+        [T, O].
+
+    Raises:
+        KernelError: sizes of the routing disagree, ids below -1, or decode with gradients.
+    """
+    (T, D), (E, O, L) = x_TD.shape, B_EOL.shape
+    weights = decision.weights
+    training = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x_TD, A_ELD, B_EOL, weights, base_TO)
+    )
+    everyone = decision.ids_TK is None and decision.plan is None
+    if backend == "auto":
+        backend = "dense" if everyone else _choose(T, weights.numel(), E, L, D, O, x_TD.element_size(), training)
+    if backend == "decode" and training:
+        raise fail(operator, "backend", "'decode' with gradients on", "no gradient", 'Use "auto", or torch.no_grad()')
+
+    dtype = autocast_dtype(x_TD.device)
+    if dtype is not None and backend != "reference":
+        x_TD, A_ELD, B_EOL = cast_all([x_TD, A_ELD, B_EOL], dtype)
+        with no_autocast(x_TD.device):
+            return run_experts(
+                operator, backend, decision, scale, x_TD, base_TO, A_ELD, B_EOL, overwrite_base=overwrite_base
+            )
+
+    if backend == "decode" and decision.plan is None and decision.ids_TK is not None:
+        check_decision(operator, T, E, decision)
+        return decode(x_TD, A_ELD, B_EOL, decision.ids_TK.tolist(), weights, scale, base_TO, overwrite_base)
+    plan = resolve_plan(operator, T, E, decision)
+    if backend == "dense":
+        group = Group(plan, scale, 1, linear=False, overwrite_base=overwrite_base)
+        tensors = (base_TO, None, A_ELD, B_EOL)
+        if not training:
+            return dense_forward(group, x_TD, weights, tensors, keep=False)[0][0]
+        return DenseLoraGroup.apply(group, x_TD, weights, *tensors)[0]
+    plan = plan or all_experts_plan(T, E, x_TD.device)
+    if backend == "reference":
+        return lora_experts_reference(x_TD, A_ELD, B_EOL, plan, weights, scale=scale, base_TO=base_TO)
+    if backend == "decode":
+        slots = plan.num_pairs if plan.slots is None else plan.slots
+        if plan.slots is None:
+            raise fail(operator, "backend", "'decode' with free pairs", "a [T, K] table", 'Use backend="auto"')
+        ids = plan.expert_P.view(T, slots).tolist()
+        return decode(x_TD, A_ELD, B_EOL, ids, weights, scale, base_TO, overwrite_base)
+    return SortedLora.apply(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL)
+
+
+def run_linears(
+    operator: str,
+    backend: str,
+    decision: Decision,
+    scale: float,
+    x_TD: Tensor,
+    weights_OD: Sequence[Tensor],
+    biases_O: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Run n linear layers with their experts over one input under one routing.
+
+    Args:
+        operator: public name, for messages.
+        backend: "auto", "dense", "sorted", "decode" or "reference".
+        decision: the routing.
+        scale: factor on the adapters' sums.
+        x_TD: [T, D] inputs.
+        weights_OD: base weights [O_i, D].
+        biases_O: base biases [O_i] or None.
+        A: down projections [E, L_i, D].
+        B: up projections [E, O_i, L_i].
+
+    Returns:
+        n results [T, O_i].
+
+    Raises:
+        KernelError: sizes of the routing disagree, ids below -1, or decode with gradients.
+    """
+    (T, D), E = x_TD.shape, A[0].shape[0]
+    everyone = decision.ids_TK is None and decision.plan is None
+    if backend == "auto":
+        rank, width = max(a.shape[1] for a in A), sum(w.shape[0] for w in weights_OD)
+        training = torch.is_grad_enabled()
+        pairs = decision.weights.numel()
+        backend = "dense" if everyone else _choose(T, pairs, E, rank, D, width, x_TD.element_size(), training)
+    if backend != "dense":
+        # the base product stays the vendor's; the experts are added into it
+        if decision.plan is None and not everyone and backend != "decode":
+            decision = Decision(None, decision.weights, resolve_plan(operator, T, E, decision))
+        results = []
+        for w, bias, a, b in zip(weights_OD, biases_O, A, B, strict=True):
+            base_TO = torch.nn.functional.linear(x_TD, w, bias)
+            fresh = backend != "reference"
+            results.append(run_experts(operator, backend, decision, scale, x_TD, base_TO, a, b, overwrite_base=fresh))
+        return tuple(results)
+
+    plan = resolve_plan(operator, T, E, decision)
+    group = Group(plan, scale, len(A), linear=True)
+    tensors = [*weights_OD, *biases_O, *A, *B]
+    dtype = autocast_dtype(x_TD.device)
+    if dtype is not None:
+        x_TD, *tensors = cast_all([x_TD, *tensors], dtype)
+        with no_autocast(x_TD.device):
+            return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)
+    if not torch.is_grad_enabled():
+        return tuple(dense_forward(group, x_TD, decision.weights, tensors, keep=False)[0])
+    return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)
+
+
+def _choose(T: int, P: int, E: int, L: int, D: int, O: int, itemsize: int, training: bool) -> str:
+    shape = LoraShape(tokens=T, pairs=P, experts=E, rank=L, d_in=D, d_out=O, itemsize=itemsize)
+    return choose_lora(shape, CPU, training=training)
