@@ -20,7 +20,7 @@ from moe_kit.experts.bank import Bank
 from moe_kit.experts.lora import LoRABank
 from moe_kit.routing.balance import LOSSES
 from moe_kit.routing.router import Router
-from moe_kit.routing.scope import Scope, SequenceScope, TaskScope, TokenScope
+from moe_kit.routing.scope import RequestScope, Scope, SequenceScope, TaskScope, TokenScope
 from moe_kit.routing.score import LinearScore, MLPScore, TaskTableScore
 from moe_kit.routing.select import SelectAll, SelectSampleK, SelectTopK
 from moe_kit.routing.weight import (
@@ -57,6 +57,7 @@ Builder = Callable[[RoutedAdapterConfig, Sizes], Any]
 SCOPES: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Scope]] = {
     "token": lambda config, sizes: TokenScope(),
     "sequence": lambda config, sizes: SequenceScope(**config.scope_options),
+    "request": lambda config, sizes: RequestScope(**config.scope_options),
     "task": lambda config, sizes: TaskScope(config.num_tasks),
 }
 SCORES: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], nn.Module]] = {

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from moe_kit.errors import RoutingError
 from moe_kit.routing.decision import Routing
 
 
@@ -18,12 +19,14 @@ class Bank(nn.Module, ABC):
     Attributes:
         width_in: D.
         width_out: O.
-        num_experts: E.
+        num_experts: E, as the router sees them: groups times experts of a group.
+        num_groups: groups of experts that are weighted on their own (heads of a split bank), usually 1.
     """
 
     width_in: int
     width_out: int
     num_experts: int
+    num_groups: int = 1
 
     @abstractmethod
     def forward(self, x_TD: Tensor, routing: Routing, base_TO: Tensor | None = None) -> Tensor:
@@ -51,3 +54,17 @@ class Bank(nn.Module, ABC):
             float [T, O], or None if this bank has no fused form for these inputs.
         """
         return None
+
+    def lora_factors(self, weights_E: Tensor) -> tuple[Tensor, Tensor]:
+        """The plain LoRA that this bank is under constant weights.
+
+        Args:
+            weights_E: float [E], one weight for each expert, the same for every token.
+
+        Returns:
+            (A [L', D], B [O, L']) with `B @ A` equal to what the bank adds, its scale included.
+
+        Raises:
+            RoutingError: if the bank is no constant matrix under constant weights.
+        """
+        raise RoutingError(f"a {type(self).__name__} under constant weights is no LoRA: its weights carry the input.")

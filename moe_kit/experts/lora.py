@@ -49,9 +49,25 @@ class LoRABank(Bank):
 
         if self.dropout is not None:
             x_TD = self.dropout(x_TD)
-        return lora_experts(
-            x_TD, self.A, self.B, routing.expert_ids_TK, routing.weights_TK, scale=self.scale, base_TO=base_TO
-        )
+        ids_TK, plan = (None, None) if routing.is_dense else (routing.expert_ids_TK, routing.plan)
+        weights_TK = routing.dense_TE() if routing.is_dense else routing.weights_TK
+        return lora_experts(x_TD, self.A, self.B, ids_TK, weights_TK, plan=plan, scale=self.scale, base_TO=base_TO)
+
+    def lora_factors(self, weights_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts of non-zero weight side by side; see `Bank.lora_factors`."""
+        used = weights_E.detach().nonzero()[:, 0].to(self.A.device)
+        weighted = self.B[used] * (weights_E.to(self.B)[used] * self.scale)[:, None, None]
+        return self.A[used].flatten(0, 1), weighted.permute(1, 0, 2).flatten(1)
+
+    def linear(self, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, routing: Routing) -> Tensor | None:
+        """Frozen linear and experts in one operator; None with active dropout, which only the experts' input gets."""
+        from moe_kit_kernels.lora_linear import lora_linear
+
+        if self.dropout is not None and self.training:
+            return None
+        ids_TK, plan = (None, None) if routing.is_dense else (routing.expert_ids_TK, routing.plan)
+        weights_TK = routing.dense_TE() if routing.is_dense else routing.weights_TK
+        return lora_linear(x_TD, weight_OD, bias_O, self.A, self.B, ids_TK, weights_TK, plan=plan, scale=self.scale)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

@@ -40,7 +40,9 @@ class RoutingContext:
         routings: site name -> the `Routing` made last in this pass.
         shared: site name -> (reference to the input, its `Routing`): layers with the same input read it.
         registered: every Routing registered in this pass, as (site, routing, router).
-        carried: site name -> decisions kept from the prompt by a cache (sequence and request scope).
+        carried: site name -> float32 logits [B, E] of decisions that outlive the prompt (sequence and request scope).
+            A hook gives an empty dict when a cache starts, keeps what the routers put in, and gives it back while
+            decoding, when routers obey it. None = nothing outlives this pass.
         policy_gradient: True while a policy-gradient trainer runs the model: sampled decisions keep the gradient of
             their log-probability even in forward-only passes.
         is_open: True while the forward runs; a recomputation during backward finds it False and registers nothing.

@@ -12,6 +12,7 @@ Shapes: B rows, S sequence, T = B*S tokens, N decisions, D width, E experts, K s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -64,6 +65,16 @@ class Router(nn.Module):
         self.losses = dict(losses or {})
         self.detach_input = detach_input
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        # logits, thresholds and balance biases stay float32 when a model is cast: bfloat16 loses a step of 1e-3
+        def keep_width(value: Tensor) -> Tensor:
+            moved = fn(value)
+            if value.is_floating_point() and moved.element_size() < value.element_size():
+                return value.to(moved.device)
+            return moved
+
+        return super()._apply(keep_width, recurse)
+
     @property
     def is_policy(self) -> bool:
         """True if the choice is sampled and only a policy gradient trains this router."""
@@ -93,6 +104,7 @@ class Router(nn.Module):
         decisions = self.scope.decisions(x_BSD, context)
         logits_NE = self._logits(decisions)
         decisions = replace(decisions, x_ND=None) if decisions.pool_T is not None else decisions
+        logits_NE = self._carried(x_BSD, logits_NE, context)
         if context.prior_BE is not None:
             logits_NE = logits_NE + self._prior(x_BSD, decisions, context)
         scores_NE = logits_NE if self.stepper is None else self.stepper.choice_scores(logits_NE)
@@ -115,6 +127,16 @@ class Router(nn.Module):
         values = logits if self.scope.pool == "logits" else logits.softmax(-1)
         pooled = pool_mean(values, decisions.decision_T, decisions.num_sequences, decisions.pool_T)
         return pooled if self.scope.pool == "logits" else pooled.clamp_min(1e-20).log()
+
+    def _carried(self, x_BSD: Tensor, logits_NE: Tensor, context: RoutingContext) -> Tensor:
+        """Logits of the prompt while decoding: a decision about a sequence is made once and then obeyed."""
+        if context.carried is None or not self.scope.outlives_forward:
+            return logits_NE
+        kept_BE = context.carried.get(self.site)
+        if kept_BE is None:
+            context.carried[self.site] = logits_NE.detach()
+            return logits_NE
+        return context.rows(kept_BE, x_BSD.shape[0], "decisions carried from the prompt").to(logits_NE)
 
     def _prior(self, x_BSD: Tensor, decisions: Decisions, context: RoutingContext) -> Tensor:
         prior_BE = context.rows(context.prior_BE, x_BSD.shape[0], "prior").to(x_BSD.device).float()

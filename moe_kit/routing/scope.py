@@ -9,7 +9,7 @@ Shapes: B rows, S sequence, T = B*S tokens, N decisions, D model width, E expert
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -47,9 +47,15 @@ class Decisions:
 
 
 class Scope(Protocol):
-    """Names the decisions of a forward pass."""
+    """Names the decisions of a forward pass.
+
+    Attributes:
+        name: name in a configuration.
+        outlives_forward: decisions are made on the prompt and obeyed while decoding.
+    """
 
     name: str
+    outlives_forward: bool
 
     def decisions(self, x_BSD: Tensor, context: RoutingContext) -> Decisions:
         """Decision points for an input [B, S, D]."""
@@ -61,6 +67,7 @@ class TokenScope:
     """One decision for each token."""
 
     name = "token"
+    outlives_forward = False
 
     def decisions(self, x_BSD: Tensor, context: RoutingContext) -> Decisions:
         """Every token decides for itself; padding decides too, and is masked out of losses and loads.
@@ -89,6 +96,7 @@ class SequenceScope:
 
     pool: Pool = "inputs"
     name = "sequence"
+    outlives_forward = True
 
     def decisions(self, x_BSD: Tensor, context: RoutingContext) -> Decisions:
         """Pools with the prompt mask, so padding and answers never take part.
@@ -113,6 +121,28 @@ class SequenceScope:
 
 
 @dataclass(frozen=True)
+class RequestScope:
+    """One decision for each batch row, whatever documents are packed in it, from its real prompt tokens.
+
+    Attributes:
+        pool: what is averaged over the prompt: the inputs, the logits, or the probabilities.
+    """
+
+    pool: Pool = "inputs"
+    name = "request"
+    outlives_forward = True
+
+    def decisions(self, x_BSD: Tensor, context: RoutingContext) -> Decisions:
+        """As `SequenceScope`, with rows in place of sequences.
+
+        Args:
+            x_BSD: float [B, S, D].
+            context: the pass.
+        """
+        return SequenceScope(self.pool).decisions(x_BSD, replace(context, sequence_BS=None, num_sequences=None))
+
+
+@dataclass(frozen=True)
 class TaskScope:
     """One decision for each batch row, from its task id alone.
 
@@ -122,6 +152,7 @@ class TaskScope:
 
     num_tasks: int
     name = "task"
+    outlives_forward = False
 
     def decisions(self, x_BSD: Tensor, context: RoutingContext) -> Decisions:
         """Reads `context.task_ids_B`.
