@@ -1,21 +1,21 @@
-"""Feed-forward experts on the CPU: one expert after the other, so that its activations stay in the cache.
+"""Feed-forward experts on the CPU: the two grouped GEMMs with few passes between them.
 
-Forward, for each expert with rows: gather, first GEMM, activation, second GEMM; then one pass that sums every token's
-rows. Backward, with `dY_p = dy_{t(p)}`:
+Backward, with `dY_p = dy_{t(p)}`:
 
-    t = dY V;  dw_p = <t_p, h_p> + <dY_p, c>;  dh = w t;  dz = dact(dh);  dV = (w dY)^T h;  dU = dz^T x;  dx_p = dz U
+    t = dY V;  dw_p = <t_p, h_p> + <dY_p, c>;  dh = w t;  dz = dact(dh);  dV = dY^T (w h);  dU = dz^T x;  dx_p = dz U
 
 The gradient of the weights comes from `t`, of width H, so the second GEMM's result is never kept. Saved: x (shared), z
-`[P, F]` and the routing. Everything else is made again in the cache.
+`[P, F]` and the routing; gathered rows and activations are made again.
 
-Shapes: n rows of one expert, P pairs sorted by expert, D width, F pre-activation width, H activation width.
+Elementwise steps run over all pairs at once: with few rows an expert, one call each costs more than the cache saves.
+Shapes: P pairs sorted by expert, D width, F pre-activation width, H activation width.
 """
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.grouped_mm import cpu as mm
-from moe_kit_kernels.grouped_mm.activations import activate, activate_backward
+from moe_kit_kernels.grouped_mm.activations import activate, activate_, activate_backward
 from moe_kit_kernels.route_plan import RoutePlan
 
 
@@ -32,23 +32,10 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the result `[T, D]` and, with `keep`, the pre-activations `[P, F]` in sorted order."""
     gated = up_EFD.shape[1] == 2 * down_EDH.shape[2]
-    P = plan.num_pairs
-    x_PD = x_TD.index_select(0, plan.sorted_token_P)
-    y_PD = x_TD.new_empty(P, down_EDH.shape[1])
-    z_PF = x_TD.new_empty(P, up_EFD.shape[1]) if keep else None
-    for e, start, end in mm.runs(plan):
-        if z_PF is None:
-            z_nF = mm.linear(x_PD[start:end], up_EFD[e])
-        else:
-            z_nF = z_PF[start:end]
-            mm.linear_into(x_PD[start:end], up_EFD[e], z_nF)
-        if up_bias_EF is not None:
-            z_nF += up_bias_EF[e]
-        mm.linear_into(activate(z_nF, activation, gated), down_EDH[e], y_PD[start:end])
-        if down_bias_ED is not None:
-            y_PD[start:end] += down_bias_ED[e]
-    y_PD[plan.host_offsets[-1] :] = 0
-    return mm.combine(y_PD, plan, weights_P), z_PF
+    z_PF = mm.forward(x_TD.index_select(0, plan.sorted_token_P), up_EFD, plan, up_bias_EF)
+    h_PH = activate(z_PF, activation, gated) if keep else activate_(z_PF, activation, gated)
+    y_PD = mm.forward(h_PH, down_EDH, plan, down_bias_ED)
+    return mm.combine(y_PD, plan, weights_P), z_PF if keep else None
 
 
 def backward(
@@ -67,49 +54,33 @@ def backward(
     need_x, need_up, need_down, need_weights, need_up_bias, need_down_bias = needs
     need_z = need_x or need_up or need_up_bias
     gated = up_EFD.shape[1] == 2 * down_EDH.shape[2]
-    dtype, P = x_TD.dtype, plan.num_pairs
-    offsets = plan.host_offsets
+    dtype = x_TD.dtype
+    dx = d_up = d_down = dweights = d_up_bias = d_down_bias = None
     w_P1 = weights_P.index_select(0, plan.order_P)[:, None]
     dy_PD = dy_TD.index_select(0, plan.sorted_token_P)
-    x_PD = x_TD.index_select(0, plan.sorted_token_P) if need_up else None
-    dx_PD = torch.empty(P, x_TD.shape[1], dtype=dtype) if need_x else None
-    d_up = torch.empty_like(up_EFD) if need_up else None
-    d_down = torch.empty_like(down_EDH) if need_down else None
-    dw_P = torch.zeros_like(w_P1[:, 0]) if need_weights else None
-    d_up_bias = up_EFD.new_zeros(up_EFD.shape[:2]) if need_up_bias else None
-    d_down_bias = down_EDH.new_zeros(down_EDH.shape[:2]) if need_down_bias else None
-    for e in range(plan.num_experts):
-        start, end = offsets[e], offsets[e + 1]
-        if start == end:
-            for gradient in (d_up, d_down):
-                if gradient is not None:
-                    gradient[e].zero_()
-            continue
-        w_n1, dy_nD, z_nF = w_P1[start:end], dy_PD[start:end], z_PF[start:end]
-        dz_nF = torch.empty_like(z_nF)
-        t_nH = torch.mm(dy_nD, down_EDH[e]) if need_z or need_weights else None
-        if need_z:
-            h_nH = activate_backward((t_nH * w_n1).to(dtype), z_nF, activation, gated, dz_nF)
-        else:
-            h_nH = activate(z_nF, activation, gated)
-        if dw_P is not None:
-            torch.linalg.vecdot(t_nH.to(dw_P.dtype), h_nH.to(dw_P.dtype), out=dw_P[start:end])
-            if down_bias_ED is not None:
-                dw_P[start:end] += (dy_nD @ down_bias_ED[e]).to(dw_P.dtype)
-        if d_down is not None:
-            mm.product_into(dy_nD, (h_nH * w_n1).to(dtype), d_down[e])
-        if d_down_bias is not None:
-            d_down_bias[e] = (dy_nD * w_n1).sum(0)
-        if d_up is not None:
-            mm.product_into(dz_nF, x_PD[start:end], d_up[e])
-        if d_up_bias is not None:
-            torch.sum(dz_nF, 0, out=d_up_bias[e])
-        if dx_PD is not None:
-            torch.mm(dz_nF, up_EFD[e], out=dx_PD[start:end])
-    dx = dweights = None
-    if dx_PD is not None:
-        dx_PD[offsets[-1] :] = 0
-        dx = mm.combine(dx_PD, plan)
-    if dw_P is not None:
-        dweights = dw_P.index_select(0, plan.inverse_P).to(weights_P.dtype)
+    t_PH = mm.grad_input(dy_PD, down_EDH, plan) if need_z or need_weights else None
+    if need_z:
+        dz_PF = torch.empty_like(z_PF)
+        # the weight is a factor of everything below the activation
+        h_PH = activate_backward((t_PH * w_P1).to(dtype), z_PF, activation, gated, dz_PF)
+    else:
+        h_PH = activate(z_PF, activation, gated)
+    if need_weights:
+        dw_P = torch.linalg.vecdot(t_PH.to(weights_P.dtype), h_PH.to(weights_P.dtype))
+        if down_bias_ED is not None:
+            bias_PD = down_bias_ED.index_select(0, plan.sorted_expert_P.clamp_max(plan.num_experts - 1))
+            dw_P += torch.linalg.vecdot(dy_PD, bias_PD).to(dw_P.dtype)
+        # rows behind the last run belong to dropped pairs
+        dw_P[plan.host_offsets[-1] :] = 0
+        dweights = dw_P.index_select(0, plan.inverse_P)
+    if need_down:
+        d_down = mm.grad_weight(dy_PD, (h_PH * w_P1).to(dtype), down_EDH, plan)
+    if need_down_bias:
+        d_down_bias = mm.grad_bias((dy_PD * w_P1).to(dtype), plan)
+    if need_up:
+        d_up = mm.grad_weight(dz_PF, x_TD.index_select(0, plan.sorted_token_P), up_EFD, plan)
+    if need_up_bias:
+        d_up_bias = mm.grad_bias(dz_PF, plan)
+    if need_x:
+        dx = mm.combine(mm.grad_input(dz_PF, up_EFD, plan), plan)
     return dx, d_up, d_down, dweights, d_up_bias, d_down_bias

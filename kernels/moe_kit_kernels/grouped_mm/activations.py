@@ -39,6 +39,16 @@ def activate(z_nF: Tensor, activation: str, gated: bool) -> Tensor:
     return act(gate_nH) * up_nH
 
 
+def activate_(z_nF: Tensor, activation: str, gated: bool) -> Tensor:
+    """Return the same as `activate`, in memory that may be that of `z_nF`, which is spent. Not differentiable."""
+    if activation != "silu":
+        return activate(z_nF, activation, gated)
+    if not gated:
+        return F.silu(z_nF, inplace=True)
+    gate_nH, up_nH = z_nF.chunk(2, dim=-1)
+    return F.silu(gate_nH, inplace=True).mul_(up_nH)
+
+
 def activate_backward(dh_nH: Tensor, z_nF: Tensor, activation: str, gated: bool, out: Tensor) -> Tensor:
     """Write the gradient of `z_nF` to `out` from the gradient of `activate(z_nF)`, and return the activation again.
 
@@ -60,5 +70,8 @@ def activate_backward(dh_nH: Tensor, z_nF: Tensor, activation: str, gated: bool,
     H = gate_nH.shape[-1]
     a_nH = act(gate_nH)
     torch.mul(dh_nH, a_nH, out=out[:, H:])
-    out[:, :H].copy_(act_backward(dh_nH * up_nH, gate_nH))
+    if activation == "silu":
+        _aten.silu_backward.grad_input(dh_nH * up_nH, gate_nH, grad_input=out[:, :H])
+    else:
+        out[:, :H].copy_(act_backward(dh_nH * up_nH, gate_nH))
     return a_nH.mul_(up_nH)

@@ -2,12 +2,17 @@
 
     Z_PO[run e] = X_PD[run e] W_e^T;   dX = dZ W_e;   dW_e = dZ[run e]^T X[run e], every expert written, empty ones with 0
 
-A GEMM with few rows and a row-major weight runs faster with the roles swapped, `(W X^T)^T`: the library then streams W
-in its stored order. Measured (fp32, two cores with AVX-512, 512 x 512 and 2048 x 512): 1.2 to 2.4 times as fast for 9 to
-48 rows, no gain outside. Used in that window only.
+An expert often has few rows, and there the library's plain call is slow. Three other forms of the same product are used
+in the windows where they measured faster (fp32, AVX-512, widths 256 to 2048):
+
+* `X W^T` with 9 to 48 rows as `(W X^T)^T`, which streams W in its stored order: 1.2 to 2 times as fast;
+* `dZ W` with 24 to 96 rows and several threads as a batch of two column halves, one a thread: 1.1 to 1.4 times;
+* `dZ^T X` with 33 to 64 rows as two accumulated products of at most 32 rows: about 1.15 times.
 
 Shapes: n rows of one expert, P pairs sorted by expert, E experts, D width in, O width out.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +20,11 @@ from torch.nn.functional import embedding_bag
 
 from moe_kit_kernels.route_plan import RoutePlan
 
-# rows for which the swapped form is faster; see the module docstring
+# row counts of the three windows; see the module docstring
 SWAP_ROWS = range(9, 49)
+HALVES_ROWS = range(24, 97)
+CHUNK_ROWS = range(33, 65)
+_CHUNK = 32
 # below this many elements one small bmm beats the embedding kernel's call
 _SMALL_COMBINE = 64 * 512
 
@@ -36,19 +44,73 @@ def linear_into(x_nD: Tensor, weight_OD: Tensor, out_nO: Tensor) -> None:
         torch.mm(x_nD, weight_OD.t(), out=out_nO)
 
 
-def runs(plan: RoutePlan) -> list[tuple[int, int, int]]:
-    """Return (expert, first row, last row + 1) of every expert that has rows."""
+def input_into(dz_nO: Tensor, weight_OD: Tensor, out_nD: Tensor) -> None:
+    """Write `dz W` to `out_nD`."""
+    n, D = out_nD.shape
+    if (
+        n in HALVES_ROWS
+        and D % 2 == 0
+        and weight_OD.stride(1) == 1
+        and dz_nO.dtype is torch.float32
+        and torch.get_num_threads() > 1
+    ):
+        halves_2OD = weight_OD.unflatten(1, (2, D // 2)).transpose(0, 1)
+        halves_2nD = torch.bmm(dz_nO.expand(2, *dz_nO.shape), halves_2OD)
+        out_nD.unflatten(1, (2, D // 2)).copy_(halves_2nD.transpose(0, 1))
+    else:
+        torch.mm(dz_nO, weight_OD, out=out_nD)
+
+
+def product_into(dz_nO: Tensor, x_nD: Tensor, out_OD: Tensor) -> None:
+    """Write `dz^T x` to `out_OD`, in whichever order its memory is laid out."""
+    if out_OD.stride(1) != 1:
+        dz_nO, x_nD, out_OD = x_nD, dz_nO, out_OD.t()
+    if dz_nO.shape[0] in CHUNK_ROWS and dz_nO.dtype is torch.float32:
+        torch.mm(dz_nO[:_CHUNK].t(), x_nD[:_CHUNK], out=out_OD)
+        out_OD.addmm_(dz_nO[_CHUNK:].t(), x_nD[_CHUNK:])
+    else:
+        torch.mm(dz_nO.t(), x_nD, out=out_OD)
+
+
+def experts_with_rows(plan: RoutePlan) -> list[int]:
+    """Return the experts that have rows, ascending."""
     offsets = plan.host_offsets
-    return [(e, offsets[e], offsets[e + 1]) for e in range(plan.num_experts) if offsets[e + 1] > offsets[e]]
+    return [e for e in range(plan.num_experts) if offsets[e + 1] > offsets[e]]
+
+
+def split_rows(rows: Tensor, plan: RoutePlan, experts: Sequence[int]) -> Sequence[Tensor]:
+    """Return the rows of each of `experts` as views, in one call."""
+    offsets = plan.host_offsets
+    sizes = [offsets[e + 1] - offsets[e] for e in experts]
+    return rows.split([*sizes, rows.shape[0] - sum(sizes)])
+
+
+def pick(stack: Tensor, experts: Sequence[int]) -> Iterator[Tensor]:
+    """Yield `stack[e]` of every expert; one call makes all views where most are used."""
+    if 2 * len(experts) > stack.shape[0]:
+        views = stack.unbind(0)
+        return (views[e] for e in experts)
+    return (stack[e] for e in experts)
+
+
+def clear_others(stack: Tensor, experts: Sequence[int]) -> None:
+    """Write zero to the entries of experts without rows, one fill for each run of neighbours."""
+    start = 0
+    for e in [*experts, stack.shape[0]]:
+        if e > start:
+            stack[start:e].zero_()
+        start = e + 1
 
 
 def forward(x_PD: Tensor, weight_EOD: Tensor, plan: RoutePlan, bias_EO: Tensor | None = None) -> Tensor:
     """Return `x W_e^T + b_e` of sorted rows, `[P, O]`; rows of dropped pairs are zero."""
     z_PO = x_PD.new_empty(x_PD.shape[0], weight_EOD.shape[1])
-    for e, start, end in runs(plan):
-        linear_into(x_PD[start:end], weight_EOD[e], z_PO[start:end])
+    experts = experts_with_rows(plan)
+    rows = zip(split_rows(x_PD, plan, experts), pick(weight_EOD, experts), split_rows(z_PO, plan, experts), experts)
+    for x_nD, weight_OD, z_nO, e in rows:
+        linear_into(x_nD, weight_OD, z_nO)
         if bias_EO is not None:
-            z_PO[start:end] += bias_EO[e]
+            z_nO += bias_EO[e]
     z_PO[plan.host_offsets[-1] :] = 0
     return z_PO
 
@@ -56,8 +118,10 @@ def forward(x_PD: Tensor, weight_EOD: Tensor, plan: RoutePlan, bias_EO: Tensor |
 def grad_input(dz_PO: Tensor, weight_EOD: Tensor, plan: RoutePlan) -> Tensor:
     """Return `dz W_e` of sorted rows, `[P, D]`; rows of dropped pairs are zero."""
     dx_PD = dz_PO.new_empty(dz_PO.shape[0], weight_EOD.shape[2])
-    for e, start, end in runs(plan):
-        torch.mm(dz_PO[start:end], weight_EOD[e], out=dx_PD[start:end])
+    experts = experts_with_rows(plan)
+    rows = zip(split_rows(dz_PO, plan, experts), pick(weight_EOD, experts), split_rows(dx_PD, plan, experts))
+    for dz_nO, weight_OD, dx_nD in rows:
+        input_into(dz_nO, weight_OD, dx_nD)
     dx_PD[plan.host_offsets[-1] :] = 0
     return dx_PD
 
@@ -65,29 +129,20 @@ def grad_input(dz_PO: Tensor, weight_EOD: Tensor, plan: RoutePlan) -> Tensor:
 def grad_weight(dz_PO: Tensor, x_PD: Tensor, weight_EOD: Tensor, plan: RoutePlan) -> Tensor:
     """Return `dz^T x` of every expert's run, `[E, O, D]` in the memory layout of `weight_EOD`."""
     dw_EOD = torch.empty_like(weight_EOD)
-    offsets = plan.host_offsets
-    for e in range(plan.num_experts):
-        start, end = offsets[e], offsets[e + 1]
-        if start == end:
-            dw_EOD[e].zero_()
-        else:
-            product_into(dz_PO[start:end], x_PD[start:end], dw_EOD[e])
+    experts = experts_with_rows(plan)
+    rows = zip(split_rows(dz_PO, plan, experts), split_rows(x_PD, plan, experts), pick(dw_EOD, experts))
+    for dz_nO, x_nD, dw_OD in rows:
+        product_into(dz_nO, x_nD, dw_OD)
+    clear_others(dw_EOD, experts)
     return dw_EOD
-
-
-def product_into(dz_nO: Tensor, x_nD: Tensor, out_OD: Tensor) -> None:
-    """Write `dz^T x` to `out_OD`, in whichever order its memory is laid out."""
-    if out_OD.stride(1) == 1:
-        torch.mm(dz_nO.t(), x_nD, out=out_OD)
-    else:
-        torch.mm(x_nD.t(), dz_nO, out=out_OD.t())
 
 
 def grad_bias(dz_PO: Tensor, plan: RoutePlan) -> Tensor:
     """Return the sum of every expert's rows, `[E, O]`."""
     db_EO = dz_PO.new_zeros(plan.num_experts, dz_PO.shape[1])
-    for e, start, end in runs(plan):
-        torch.sum(dz_PO[start:end], 0, out=db_EO[e])
+    experts = experts_with_rows(plan)
+    for e, dz_nO in zip(experts, split_rows(dz_PO, plan, experts)):
+        torch.sum(dz_nO, 0, out=db_EO[e])
     return db_EO
 
 
