@@ -121,7 +121,8 @@ def decode_seconds(shape: LoraShape, device: Device) -> float:
         Seconds.
     """
     parameters = shape.pairs * shape.rank * shape.width * shape.itemsize
-    calls = 4 + 2 * shape.pairs if device.host_walk else 2
+    # a matrix-vector call on a slice costs its two views as well
+    calls = 4 + 3 * shape.pairs if device.host_walk else 2
     # one warp a row on a GPU leaves the matrix units idle; L2 gives about twice the memory's rate
     bandwidth = device.bandwidth if device.host_walk else 2 * device.bandwidth
     return parameters / bandwidth + calls * device.call

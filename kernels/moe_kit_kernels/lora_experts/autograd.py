@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_kit_kernels.errors import KernelError
 from moe_kit_kernels.lora_experts import cpu
+from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
 from moe_kit_kernels.route_plan import RoutePlan
 
 
@@ -111,14 +111,9 @@ class DenseLoraGroup(torch.autograd.Function):
         if dirty:
             ctx.mark_dirty(*dirty)
 
-        frozen = [
-            (w, w._version) if group.linear and any(needs) and w.is_leaf and not w.requires_grad else None
-            for w in bases
-        ]
-        # a frozen weight stays out of the saved tensors: hooks that offload or pin those must not touch it
-        trained = [w if group.linear and f is None else None for w, f in zip(bases, frozen, strict=True)]
-        ctx.group, ctx.frozen, ctx.kept_count = group, frozen, len(kept)
-        ctx.save_for_backward(x_TD, weights, *trained, *A, *B, *kept)
+        held = [hold_frozen(w if group.linear else None, needs[1]) for w in bases]
+        ctx.group, ctx.frozen = group, [frozen for frozen, _ in held]
+        ctx.save_for_backward(x_TD, weights, *(trained for _, trained in held), *A, *B, *kept)
         return tuple(results)
 
     @staticmethod
@@ -148,9 +143,12 @@ class DenseLoraGroup(torch.autograd.Function):
         dB: list[Tensor | None] = [None] * n
 
         if need_x or need_weights or any(need_A):
-            U_TC = x_TD.new_empty(x_TD.shape[0], C, dtype=dtype)
-            for dy_TO, b_EOL, out in zip(dycs, B, U_TC.split(columns, dim=1), strict=True):
-                torch.mm(dy_TO, cpu.join_up(b_EOL, dtype), out=out)
+            if n == 1:
+                U_TC = dycs[0] @ cpu.join_up(B[0], dtype)
+            else:
+                U_TC = x_TD.new_empty(x_TD.shape[0], C, dtype=dtype)
+                for dy_TO, b_EOL, out in zip(dycs, B, U_TC.split(columns, dim=1), strict=True):
+                    torch.mm(dy_TO, cpu.join_up(b_EOL, dtype), out=out)
         if kept:
             H_TC = cpu.spread_chosen(kept, plan, ranks)
             if need_weights:
@@ -159,20 +157,19 @@ class DenseLoraGroup(torch.autograd.Function):
                 # without a plan H is the saved tensor itself and must stay as it is
                 fresh = plan is not None and H_TC.dtype == factors_TC.dtype
                 G_TC = H_TC.mul_(factors_TC) if fresh else (H_TC * factors_TC).to(dtype)
-                for i, (dy_TO, part_TC) in enumerate(zip(dycs, G_TC.split(columns, dim=1), strict=True)):
+                parts = [G_TC] if n == 1 else G_TC.split(columns, dim=1)
+                for i, (dy_TO, part_TC) in enumerate(zip(dycs, parts, strict=True)):
                     if need_B[i]:
-                        dB_OEL = (dy_TO.t() @ part_TC).view(-1, E, ranks[i])
-                        dB[i] = dB_OEL.permute(1, 0, 2).to(B[i].dtype, memory_format=torch.contiguous_format)
+                        # a view: autograd copies it into the parameter's layout only when it has to keep it
+                        dB[i] = (part_TC.t() @ dy_TO).view(E, ranks[i], B[i].shape[1]).transpose(1, 2).to(B[i].dtype)
         if need_x or any(need_A):
             dH_TC = U_TC.mul_(factors_TC) if U_TC.dtype == factors_TC.dtype else (U_TC * factors_TC).to(dtype)
             if any(need_A):
                 dA_CD = dH_TC.t() @ x_TD.to(dtype)
-                dA = [
-                    part.view(E, rank, -1).to(a.dtype)
-                    for part, rank, a in zip(dA_CD.split(columns), ranks, A, strict=True)
-                ]
+                blocks = [dA_CD] if n == 1 else dA_CD.split(columns)
+                dA = [block.view_as(a).to(a.dtype) for block, a in zip(blocks, A, strict=True)]
         if need_x:
-            weights_OD = [ctx_weight(f, t) for f, t in zip(ctx.frozen, trained, strict=True)] if group.linear else []
+            weights_OD = [take_weight(f, t) for f, t in zip(ctx.frozen, trained, strict=True)] if group.linear else []
             for dy_TO, w_OD in zip(dys, weights_OD, strict=False):
                 dy_TO = dy_TO.to(w_OD.dtype)
                 dx = dy_TO @ w_OD if dx is None else dx.addmm_(dy_TO, w_OD)
@@ -191,28 +188,3 @@ class DenseLoraGroup(torch.autograd.Function):
             if need_bias[i]:
                 dbias[i] = dy_TO.sum(0)
         return None, dx, dweights, *dbase, *dbias, *dA, *dB
-
-
-def ctx_weight(frozen: tuple[Tensor, int] | None, trained: Tensor | None) -> Tensor:
-    """Take a base weight back from where the forward put it.
-
-    Args:
-        frozen: the frozen weight and its version in the forward, or None.
-        trained: the weight from the saved tensors, or None.
-
-    Returns:
-        The weight [O, D].
-
-    Raises:
-        KernelError: a frozen weight was changed in place between forward and backward.
-    """
-    if frozen is None:
-        assert trained is not None
-        return trained
-    weight, version = frozen
-    if weight._version != version:
-        raise KernelError(
-            f"lora_linear: the frozen weight is at version {weight._version}, expected {version}: it was changed in "
-            "place between forward and backward. Change (merge, load) weights outside of a training step."
-        )
-    return weight

@@ -69,7 +69,7 @@ def chosen_rows(plan: RoutePlan, projections: int) -> Tensor:
     """Rows of the chosen experts in a [T * projections * E, L] view of the columns.
 
     Args:
-        plan: the routing. Dropped pairs point at expert 0 of their token, where reading is harmless.
+        plan: the routing. Dropped pairs point at the last expert of their token, where reading is harmless.
         projections: number of projections that share x and have one rank.
 
     Returns:
@@ -78,12 +78,22 @@ def chosen_rows(plan: RoutePlan, projections: int) -> Tensor:
     kept = plan.__dict__.setdefault("_chosen_rows", {})
     if projections not in kept:
         E = plan.num_experts
-        expert_P = torch.where(plan.expert_P == E, 0, plan.expert_P)
-        first_P = plan.token_P * (projections * E) + expert_P
+        # the last row of a token's first projection stands in for dropped pairs
+        expert_P = plan.expert_P.clamp(max=E - 1)
+        if plan.slots is not None:
+            first_P = (expert_P.view(-1, plan.slots) + _row_starts(plan.num_tokens, projections * E)).view(-1)
+        else:
+            first_P = plan.token_P * (projections * E) + expert_P
         if projections > 1:
             first_P = (first_P[:, None] + torch.arange(projections, device=first_P.device) * E).reshape(-1)
         kept[projections] = first_P
     return kept[projections]
+
+
+@lru_cache(maxsize=64)
+def _row_starts(T: int, step: int) -> Tensor:
+    """[T, 1] first row of each token; cached, not to be written."""
+    return torch.arange(0, T * step, step)[:, None] if step else torch.zeros(T, 1, dtype=torch.int64)
 
 
 def keep_chosen(columns_TC: Tensor, plan: RoutePlan | None, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -142,8 +152,9 @@ def join_down(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     Returns:
         [C, D].
     """
-    flat = [a.flatten(0, 1).to(dtype) for a in A]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
+    if len(A) == 1:
+        return A[0].flatten(0, 1).to(dtype)
+    return torch.cat([a.flatten(0, 1).to(dtype) for a in A])
 
 
 def join_up(B_EOL: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,5 +204,7 @@ def gate_gradient(U_TC: Tensor, H_TC: Tensor, expand_EC: Tensor, plan: RoutePlan
     product_TC = torch.mul(U_TC, H_TC) if U_TC.dtype == expand_EC.dtype else U_TC.to(expand_EC.dtype).mul_(H_TC)
     if plan is None:
         return product_TC @ expand_EC[:-1].t()
-    table = (product_TC @ expand_EC.t()).view(-1)
-    return table.index_select(0, plan.gate_index_P).view_as(weights)
+    table_TE1 = product_TC @ expand_EC.t()
+    if plan.slots is not None:
+        return table_TE1.gather(1, plan.expert_P.view(-1, plan.slots)).view_as(weights)
+    return table_TE1.view(-1).index_select(0, plan.gate_index_P).view_as(weights)

@@ -56,7 +56,11 @@ def can_group(D: int, O: int, L: int, dtype: torch.dtype) -> bool:
 def _group(plan: RoutePlan, D: int, O: int, L: int, dtype: torch.dtype) -> bool:
     """Choose `grouped` or `walk`."""
     size = torch.finfo(dtype).bits // 8
-    return can_group(D, O, L, dtype) and plan.num_pairs * max(D, O) * size <= _CACHED_BYTES
+    if not can_group(D, O, L, dtype):
+        return False
+    # with wide ranks and few pairs an expert the products outweigh the passes over memory (measured)
+    few = L >= 32 and plan.num_pairs <= 64 * plan.num_experts
+    return few or plan.num_pairs * max(D, O) * size <= _CACHED_BYTES
 
 
 class SortedLora(torch.autograd.Function):

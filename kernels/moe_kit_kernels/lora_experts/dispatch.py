@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import check_shape, fail
 from moe_kit_kernels.cost_model import CPU, LoraShape, choose_lora
+from moe_kit_kernels.lora_experts import cpu_single
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
 from moe_kit_kernels.lora_experts.cpu_decode import decode
 from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
@@ -154,6 +155,12 @@ def run_experts(
         return decode(x_TD, A_ELD, B_EOL, decision.ids_TK.tolist(), weights, scale, base_TO, overwrite_base)
     plan = resolve_plan(operator, T, E, decision)
     if backend == "dense":
+        if cpu_single.fits(x_TD, weights, base_TO, A_ELD, B_EOL):
+            if not training:
+                return cpu_single.forward(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL, False)[0]
+            return cpu_single.DenseLora.apply(
+                plan, scale, False, overwrite_base, x_TD, weights, base_TO, None, A_ELD, B_EOL
+            )
         group = Group(plan, scale, 1, linear=False, overwrite_base=overwrite_base)
         tensors = (base_TO, None, A_ELD, B_EOL)
         if not training:
@@ -227,6 +234,8 @@ def run_linears(
         x_TD, *tensors = cast_all([x_TD, *tensors], dtype)
         with no_autocast(x_TD.device):
             return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)
+    if len(A) == 1 and cpu_single.fits(x_TD, decision.weights, weights_OD[0], A[0], B[0]):
+        return (cpu_single.DenseLora.apply(plan, scale, True, False, x_TD, decision.weights, *tensors),)
     if not torch.is_grad_enabled():
         return tuple(dense_forward(group, x_TD, decision.weights, tensors, keep=False)[0])
     return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)

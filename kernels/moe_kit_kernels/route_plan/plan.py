@@ -167,6 +167,15 @@ class RoutePlan:
         return flat.scatter_add(0, self.gate_index_P, weights_P.reshape(-1)).view(-1, width)
 
 
+def _bounds(ids: Tensor) -> tuple[int, int]:
+    """Smallest and largest id; a short list is faster in Python than a reduction."""
+    if ids.numel() <= 64:
+        listed = ids.reshape(-1).tolist()
+        return min(listed), max(listed)
+    low, high = torch.aminmax(ids)
+    return int(low), int(high)
+
+
 def _clean_ids(operator: str, ids: Tensor, num_experts: int) -> Tensor:
     """Check ids and map dropped ones to E; where reading values costs no wait, ids in range are taken as they are."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -175,8 +184,7 @@ def _clean_ids(operator: str, ids: Tensor, num_experts: int) -> Tensor:
         raise fail(operator, "num_experts", num_experts, "at least 1", "Pass the size of the expert bank")
     ids = ids.to(torch.int64)
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(ids)
-        lowest, highest = int(low), int(high)
+        lowest, highest = _bounds(ids)
         if lowest < -1:
             raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
         if lowest >= 0 and highest < num_experts:
