@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from moe_kit.adapters import RoutedAdapterConfig
+from moe_kit.depth import LayerRoutingConfig
 from moe_kit.errors import CheckpointError, ConfigError, KernelError, MoeKitError, RoutingError
 from moe_kit.routing import (
     Router,
@@ -23,6 +24,8 @@ __version__ = "0.1.0.dev0"
 
 # loaded on first use: name -> module
 _LAZY = {
+    "load_adapters": "moe_kit.hf.saving",
+    "save_adapters": "moe_kit.hf.saving",
     "RoutedTrainer": "moe_kit.training.trainer",
 }
 
@@ -30,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "KernelError",
+    "LayerRoutingConfig",
     "MoeKitError",
     "RoutedAdapterConfig",
     "RoutedTrainer",
@@ -38,10 +42,12 @@ __all__ = [
     "RoutingContext",
     "RoutingError",
     "force_experts",
+    "load_adapters",
     "record_routing",
     "replay_routing",
     "routing_inputs",
     "routing_losses",
+    "save_adapters",
 ]
 
 
