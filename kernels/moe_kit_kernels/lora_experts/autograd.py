@@ -64,7 +64,7 @@ def dense_forward(
     kept = cpu.keep_chosen(H_TC, group.plan, ranks) if keep else ()
     if kept and kept[0] is H_TC:
         H_TC = H_TC.clone()
-    expand_EC = cpu.expansion(E, ranks, group.scale, torch.promote_types(weights.dtype, torch.float32))
+    expand_EC = cpu.expansion(E, ranks, group.scale, torch.promote_types(weights.dtype, torch.float32), x_TD.device)
     G_TC = cpu.weigh(H_TC, cpu.gates(group.plan, weights).to(expand_EC.dtype), expand_EC)
 
     results = []
@@ -89,6 +89,98 @@ def dense_forward(
         else:
             results.append((part_TC @ Bt_CO).add_(base_TO).to(base_TO.dtype))
     return results, kept
+
+
+def dense_backward(
+    group: Group,
+    x_TD: Tensor,
+    weights: Tensor,
+    bases_OD: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    kept: tuple[Tensor, ...],
+    dys: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients that are asked for.
+
+    Args:
+        group: what the projections share.
+        x_TD: [T, D] inputs.
+        weights: the forward's weights.
+        bases_OD: base weights, for linear groups whose x wants a gradient; else empty.
+        A: down projections.
+        B: up projections.
+        kept: H as `dense_forward` gave it.
+        dys: gradients of the n results.
+        needs: which of x, weights, n bases, n biases, n A and n B want a gradient.
+
+    Returns:
+        Gradients in the order of `needs`, None where not wanted.
+    """
+    n, plan = group.projections, group.plan
+    need_x, need_weights = needs[0], needs[1]
+    need_base, need_bias = needs[2 : 2 + n], needs[2 + n : 2 + 2 * n]
+    need_A, need_B = needs[2 + 2 * n : 2 + 3 * n], needs[2 + 3 * n :]
+
+    dtype = torch.promote_types(x_TD.dtype, A[0].dtype)
+    ranks = tuple(a.shape[1] for a in A)
+    E, C = A[0].shape[0], A[0].shape[0] * sum(ranks)
+    columns = [E * rank for rank in ranks]
+    gate_dtype = torch.promote_types(weights.dtype, torch.float32)
+    expand_EC = cpu.expansion(E, ranks, group.scale, gate_dtype, x_TD.device)
+    factors_TC = (gates_TE1 := cpu.gates(plan, weights).to(gate_dtype)) @ expand_EC[: gates_TE1.shape[1]]
+    dycs = [dy.to(dtype) for dy in dys]
+
+    dx = dweights = None
+    dA: list[Tensor | None] = [None] * n
+    dB: list[Tensor | None] = [None] * n
+
+    if need_x or need_weights or any(need_A):
+        if n == 1:
+            U_TC = dycs[0] @ cpu.join_up(B[0], dtype)
+        else:
+            U_TC = x_TD.new_empty(x_TD.shape[0], C, dtype=dtype)
+            for dy_TO, b_EOL, out in zip(dycs, B, U_TC.split(columns, dim=1), strict=True):
+                torch.mm(dy_TO, cpu.join_up(b_EOL, dtype), out=out)
+    if kept:
+        H_TC = cpu.spread_chosen(kept, plan, ranks)
+        if need_weights:
+            dweights = cpu.gate_gradient(U_TC, H_TC, expand_EC, plan, weights).to(weights.dtype)
+        if any(need_B):
+            # without a plan H is the saved tensor itself and must stay as it is
+            fresh = plan is not None and H_TC.dtype == factors_TC.dtype
+            G_TC = H_TC.mul_(factors_TC) if fresh else (H_TC * factors_TC).to(dtype)
+            parts = [G_TC] if n == 1 else G_TC.split(columns, dim=1)
+            for i, (dy_TO, part_TC) in enumerate(zip(dycs, parts, strict=True)):
+                if need_B[i]:
+                    # a view: autograd copies it into the parameter's layout only when it has to keep it
+                    dB[i] = (part_TC.t() @ dy_TO).view(E, ranks[i], B[i].shape[1]).transpose(1, 2).to(B[i].dtype)
+    if need_x or any(need_A):
+        dH_TC = U_TC.mul_(factors_TC) if U_TC.dtype == factors_TC.dtype else (U_TC * factors_TC).to(dtype)
+        if any(need_A):
+            dA_CD = dH_TC.t() @ x_TD.to(dtype)
+            blocks = [dA_CD] if n == 1 else dA_CD.split(columns)
+            dA = [block.view_as(a).to(a.dtype) for block, a in zip(blocks, A, strict=True)]
+    if need_x:
+        for dy_TO, w_OD in zip(dys, bases_OD, strict=False):
+            dy_TO = dy_TO.to(w_OD.dtype)
+            dx = dy_TO @ w_OD if dx is None else dx.addmm_(dy_TO, w_OD)
+        A_CD = cpu.join_down(A, dtype)
+        if dx is not None and dx.dtype == dtype:
+            dx.addmm_(dH_TC, A_CD)
+        else:
+            delta_TD = dH_TC @ A_CD
+            dx = (delta_TD if dx is None else delta_TD.add_(dx)).to(x_TD.dtype)
+
+    dbase: list[Tensor | None] = [None] * n
+    dbias: list[Tensor | None] = [None] * n
+    for i, dy_TO in enumerate(dys):
+        if need_base[i]:
+            dbase[i] = dy_TO.t() @ x_TD.to(dy_TO.dtype) if group.linear else dy_TO
+        if need_bias[i]:
+            dbias[i] = dy_TO.sum(0)
+    return dx, dweights, *dbase, *dbias, *dA, *dB
 
 
 class DenseLoraGroup(torch.autograd.Function):
@@ -120,71 +212,13 @@ class DenseLoraGroup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> Any:
         """Compute the gradients that are asked for."""
-        group, n = ctx.group, ctx.group.projections
-        plan = group.plan
+        n = ctx.group.projections
         x_TD, weights, *saved = ctx.saved_tensors
         trained, A, B, kept = saved[:n], saved[n : 2 * n], saved[2 * n : 3 * n], tuple(saved[3 * n :])
-        needs = ctx.needs_input_grad
-        need_x, need_weights = needs[1], needs[2]
-        need_base, need_bias = needs[3 : 3 + n], needs[3 + n : 3 + 2 * n]
-        need_A, need_B = needs[3 + 2 * n : 3 + 3 * n], needs[3 + 3 * n :]
-
-        dtype = torch.promote_types(x_TD.dtype, A[0].dtype)
-        ranks = tuple(a.shape[1] for a in A)
-        E, C = A[0].shape[0], A[0].shape[0] * sum(ranks)
-        columns = [E * rank for rank in ranks]
-        gate_dtype = torch.promote_types(weights.dtype, torch.float32)
-        expand_EC = cpu.expansion(E, ranks, group.scale, gate_dtype)
-        factors_TC = (gates_TE1 := cpu.gates(plan, weights).to(gate_dtype)) @ expand_EC[: gates_TE1.shape[1]]
-        dycs = [dy.to(dtype) for dy in dys]
-
-        dx = dweights = None
-        dA: list[Tensor | None] = [None] * n
-        dB: list[Tensor | None] = [None] * n
-
-        if need_x or need_weights or any(need_A):
-            if n == 1:
-                U_TC = dycs[0] @ cpu.join_up(B[0], dtype)
-            else:
-                U_TC = x_TD.new_empty(x_TD.shape[0], C, dtype=dtype)
-                for dy_TO, b_EOL, out in zip(dycs, B, U_TC.split(columns, dim=1), strict=True):
-                    torch.mm(dy_TO, cpu.join_up(b_EOL, dtype), out=out)
-        if kept:
-            H_TC = cpu.spread_chosen(kept, plan, ranks)
-            if need_weights:
-                dweights = cpu.gate_gradient(U_TC, H_TC, expand_EC, plan, weights).to(weights.dtype)
-            if any(need_B):
-                # without a plan H is the saved tensor itself and must stay as it is
-                fresh = plan is not None and H_TC.dtype == factors_TC.dtype
-                G_TC = H_TC.mul_(factors_TC) if fresh else (H_TC * factors_TC).to(dtype)
-                parts = [G_TC] if n == 1 else G_TC.split(columns, dim=1)
-                for i, (dy_TO, part_TC) in enumerate(zip(dycs, parts, strict=True)):
-                    if need_B[i]:
-                        # a view: autograd copies it into the parameter's layout only when it has to keep it
-                        dB[i] = (part_TC.t() @ dy_TO).view(E, ranks[i], B[i].shape[1]).transpose(1, 2).to(B[i].dtype)
-        if need_x or any(need_A):
-            dH_TC = U_TC.mul_(factors_TC) if U_TC.dtype == factors_TC.dtype else (U_TC * factors_TC).to(dtype)
-            if any(need_A):
-                dA_CD = dH_TC.t() @ x_TD.to(dtype)
-                blocks = [dA_CD] if n == 1 else dA_CD.split(columns)
-                dA = [block.view_as(a).to(a.dtype) for block, a in zip(blocks, A, strict=True)]
-        if need_x:
-            weights_OD = [take_weight(f, t) for f, t in zip(ctx.frozen, trained, strict=True)] if group.linear else []
-            for dy_TO, w_OD in zip(dys, weights_OD, strict=False):
-                dy_TO = dy_TO.to(w_OD.dtype)
-                dx = dy_TO @ w_OD if dx is None else dx.addmm_(dy_TO, w_OD)
-            A_CD = cpu.join_down(A, dtype)
-            if dx is not None and dx.dtype == dtype:
-                dx.addmm_(dH_TC, A_CD)
-            else:
-                delta_TD = dH_TC @ A_CD
-                dx = (delta_TD if dx is None else delta_TD.add_(dx)).to(x_TD.dtype)
-
-        dbase: list[Tensor | None] = [None] * n
-        dbias: list[Tensor | None] = [None] * n
-        for i, dy_TO in enumerate(dys):
-            if need_base[i]:
-                dbase[i] = dy_TO.t() @ x_TD.to(dy_TO.dtype) if group.linear else dy_TO
-            if need_bias[i]:
-                dbias[i] = dy_TO.sum(0)
-        return None, dx, dweights, *dbase, *dbias, *dA, *dB
+        linear = ctx.group.linear
+        bases = (
+            [take_weight(f, t) for f, t in zip(ctx.frozen, trained, strict=True)]
+            if linear and ctx.needs_input_grad[1]
+            else []
+        )
+        return None, *dense_backward(ctx.group, x_TD, weights, bases, A, B, kept, dys, ctx.needs_input_grad[1:])

@@ -31,7 +31,9 @@ from moe_kit_kernels.route_plan import RoutePlan
 
 
 @lru_cache(maxsize=256)
-def expansion(num_experts: int, ranks: tuple[int, ...], scale: float, dtype: torch.dtype) -> Tensor:
+def expansion(
+    num_experts: int, ranks: tuple[int, ...], scale: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Build X: the matrix that repeats gates over the rank columns of every projection.
 
     Args:
@@ -39,12 +41,13 @@ def expansion(num_experts: int, ranks: tuple[int, ...], scale: float, dtype: tor
         ranks: L of each projection.
         scale: value of the non-zero entries.
         dtype: dtype of the gates.
+        device: where the gates live.
 
     Returns:
         [E + 1, C]; the last row, of dropped pairs, is zero. Cached: do not write to it.
     """
     blocks = [
-        torch.eye(num_experts + 1, num_experts, dtype=dtype).mul_(scale).repeat_interleave(rank, dim=1)
+        torch.eye(num_experts + 1, num_experts, dtype=dtype, device=device).mul_(scale).repeat_interleave(rank, dim=1)
         for rank in ranks
     ]
     return torch.cat(blocks, dim=1)
@@ -81,7 +84,9 @@ def chosen_rows(plan: RoutePlan, projections: int) -> Tensor:
         # the last row of a token's first projection stands in for dropped pairs
         expert_P = plan.expert_P.clamp(max=E - 1)
         if plan.slots is not None:
-            first_P = (expert_P.view(-1, plan.slots) + _row_starts(plan.num_tokens, projections * E)).view(-1)
+            first_P = (expert_P.view(-1, plan.slots) + _row_starts(plan.num_tokens, projections * E, plan.device)).view(
+                -1
+            )
         else:
             first_P = plan.token_P * (projections * E) + expert_P
         if projections > 1:
@@ -91,9 +96,9 @@ def chosen_rows(plan: RoutePlan, projections: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _row_starts(T: int, step: int) -> Tensor:
+def _row_starts(T: int, step: int, device: torch.device) -> Tensor:
     """[T, 1] first row of each token; cached, not to be written."""
-    return torch.arange(0, T * step, step)[:, None] if step else torch.zeros(T, 1, dtype=torch.int64)
+    return torch.arange(0, T * step, step, device=device)[:, None]
 
 
 def keep_chosen(columns_TC: Tensor, plan: RoutePlan | None, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:

@@ -68,7 +68,7 @@ def forward(
     """
     E, O, L = B_EOL.shape
     H_TC = torch.mm(x_TD, A_ELD.flatten(0, 1).t())
-    expand_EC = cpu.expansion(E, (L,), scale, x_TD.dtype)
+    expand_EC = cpu.expansion(E, (L,), scale, x_TD.dtype, x_TD.device)
     kept = None
     if plan is None:
         factors_TC = torch.mm(weights, expand_EC[:-1])
@@ -122,7 +122,7 @@ class DenseLora(torch.autograd.Function):
         _, _, _, _, need_x, need_weights, need_base, need_bias, need_A, need_B = ctx.needs_input_grad
         E, O, L = B_EOL.shape
         T = x_TD.shape[0]
-        expand_EC = cpu.expansion(E, (L,), ctx.scale, x_TD.dtype)
+        expand_EC = cpu.expansion(E, (L,), ctx.scale, x_TD.dtype, x_TD.device)
         table = weights if plan is None else plan.gates_TE1(weights)
         factors_TC = torch.mm(table, expand_EC if plan is not None else expand_EC[:-1])
         dx = dweights = dbase = dbias = dA = dB = None

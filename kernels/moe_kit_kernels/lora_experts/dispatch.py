@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import check_shape, fail
 from moe_kit_kernels.cost_model import CPU, LoraShape, choose_lora
-from moe_kit_kernels.lora_experts import cpu_single
+from moe_kit_kernels.lora_experts import cpu_single, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
 from moe_kit_kernels.lora_experts.cpu_decode import decode
 from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
@@ -137,6 +137,8 @@ def run_experts(
         t is not None and t.requires_grad for t in (x_TD, A_ELD, B_EOL, weights, base_TO)
     )
     everyone = decision.ids_TK is None and decision.plan is None
+    if torch.compiler.is_compiling() and backend != "reference":
+        return _traced(operator, backend, decision, scale, x_TD, base_TO, A_ELD, B_EOL)
     if backend == "auto":
         backend = "dense" if everyone else _choose(T, weights.numel(), E, L, D, O, x_TD.element_size(), training)
     if backend == "decode" and training:
@@ -178,6 +180,30 @@ def run_experts(
     return SortedLora.apply(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL)
 
 
+def _traced(
+    operator: str,
+    backend: str,
+    decision: Decision,
+    scale: float,
+    x_TD: Tensor,
+    base_TO: Tensor | None,
+    A_ELD: Tensor,
+    B_EOL: Tensor,
+) -> Tensor:
+    """One opaque node of the graph; decode reads ids on the host, so a trace lets the operator choose instead."""
+    check_decision(operator, x_TD.shape[0], A_ELD.shape[0], decision)
+    plan, weights = decision.plan, decision.weights
+    dtype = autocast_dtype(x_TD.device)
+    if dtype is not None:
+        x_TD, A_ELD, B_EOL = cast_all([x_TD, A_ELD, B_EOL], dtype)
+    ids, token_P = decision.ids_TK, None
+    if plan is not None:
+        token_P = plan.free_token_P
+        ids = plan.expert_P if plan.slots is None else plan.expert_P.view(plan.num_tokens, plan.slots)
+    how = "auto" if backend == "decode" else backend
+    return torch.ops.moe_kit.lora_experts(x_TD, A_ELD, B_EOL, ids, token_P, weights, base_TO, scale, how)[0]
+
+
 def run_linears(
     operator: str,
     backend: str,
@@ -210,6 +236,13 @@ def run_linears(
     """
     (T, D), E = x_TD.shape, A[0].shape[0]
     everyone = decision.ids_TK is None and decision.plan is None
+    if torch.compiler.is_compiling() and backend != "reference":
+        # the compiler sees the base product; only the experts are opaque
+        bases = [torch.nn.functional.linear(x_TD, w, bias) for w, bias in zip(weights_OD, biases_O, strict=True)]
+        return tuple(
+            _traced(operator, backend, decision, scale, x_TD, base_TO, a, b)
+            for base_TO, a, b in zip(bases, A, B, strict=True)
+        )
     if backend == "auto":
         rank, width = max(a.shape[1] for a in A), sum(w.shape[0] for w in weights_OD)
         training = torch.is_grad_enabled()

@@ -113,3 +113,57 @@ class DenseUp(torch.autograd.Function):
             G_TC = _spread_sum((H_PL * factor_P1).to(dtype), plan)
             dB = (dyc_TO.t() @ G_TC).view(O, E, L).permute(1, 0, 2).to(B_EOL.dtype).contiguous()
         return None, None, dH, dB, dweights, dy_TO if need_base else None
+
+
+def down_traced(x_TD: Tensor, A_ELD: Tensor, plan: RoutePlan) -> Tensor:
+    """Down half in plain operations, for torch.compile to trace and differentiate.
+
+    Args:
+        x_TD: [T, D] inputs.
+        A_ELD: [E, L, D].
+        plan: the routing.
+
+    Returns:
+        [P, L] in the given order, 0 for dropped pairs.
+    """
+    E, L, _ = A_ELD.shape
+    T = plan.num_tokens
+    dtype = torch.promote_types(x_TD.dtype, A_ELD.dtype)
+    H_TC = x_TD.to(dtype) @ A_ELD.flatten(0, 1).to(dtype).t()
+    expert_P = plan.expert_P.clamp(max=E - 1)
+    if plan.slots is not None:
+        index = expert_P.view(T, plan.slots, 1).expand(T, plan.slots, L)
+        H_PL = H_TC.view(T, E, L).gather(1, index).reshape(T * plan.slots, L)
+    else:
+        H_PL = H_TC.view(T * E, L).index_select(0, plan.token_P * E + expert_P)
+    return H_PL * _kept(plan, dtype)
+
+
+def up_traced(
+    H_PL: Tensor, B_EOL: Tensor, plan: RoutePlan, weights: Tensor, scale: float, base_TO: Tensor | None
+) -> Tensor:
+    """Up half in plain operations, for torch.compile to trace and differentiate.
+
+    Args:
+        H_PL: [P, L] in the given order.
+        B_EOL: [E, O, L].
+        plan: the routing.
+        weights: [T, K] or [P].
+        scale: factor on the sum.
+        base_TO: [T, O] or None.
+
+    Returns:
+        [T, O] in the dtype of the base, else of H.
+    """
+    E, O, L = B_EOL.shape
+    T = plan.num_tokens
+    dtype = torch.promote_types(H_PL.dtype, B_EOL.dtype)
+    G_PL = (H_PL * (weights.reshape(-1, 1) * _kept(plan, weights.dtype) * scale)).to(dtype)
+    expert_P = plan.expert_P.clamp(max=E - 1)
+    if plan.slots is not None:
+        index = expert_P.view(T, plan.slots, 1).expand(T, plan.slots, L)
+        G_TC = G_PL.new_zeros(T, E, L).scatter_add(1, index, G_PL.view(T, plan.slots, L)).view(T, E * L)
+    else:
+        G_TC = G_PL.new_zeros(T * E, L).index_add(0, plan.token_P * E + expert_P, G_PL).view(T, E * L)
+    y_TO = G_TC @ B_EOL.to(dtype).permute(0, 2, 1).reshape(E * L, O)
+    return y_TO.to(H_PL.dtype) if base_TO is None else (base_TO + y_TO).to(base_TO.dtype)

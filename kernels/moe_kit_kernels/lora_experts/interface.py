@@ -7,6 +7,7 @@ Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, 
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
@@ -153,8 +154,11 @@ def lora_down(
         dtype = autocast_dtype(x_TD.device)
         if dtype is not None:
             x_TD, *stacks = cast_all([x_TD, *stacks], dtype)
-        with no_autocast(x_TD.device):
-            H = halves.DenseDown.apply(plan, x_TD, *stacks)
+        if torch.compiler.is_compiling():
+            H = tuple(halves.down_traced(x_TD, a, plan) for a in stacks)
+        else:
+            with no_autocast(x_TD.device):
+                H = halves.DenseDown.apply(plan, x_TD, *stacks)
     return H[0] if isinstance(A, Tensor) else H
 
 
@@ -200,5 +204,7 @@ def lora_up(
     dtype = autocast_dtype(H_PL.device)
     if dtype is not None:
         H_PL, B_EOL = cast_all([H_PL, B_EOL], dtype)
+    if torch.compiler.is_compiling():
+        return halves.up_traced(H_PL, B_EOL, plan, weights, float(scale), base_TO)
     with no_autocast(H_PL.device):
         return halves.DenseUp.apply(plan, float(scale), H_PL, B_EOL, weights, base_TO)
