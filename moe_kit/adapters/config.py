@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 
 from moe_kit.errors import ConfigError
+from moe_kit.hf.adapter_files import check_adapter_folder
 from moe_kit.hf.registration import add_peft_type
 from moe_kit.hf.sharing import SHARING
 
@@ -63,6 +65,13 @@ class RoutedAdapterConfig(PeftConfig):
     weight_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further arguments of the weights."})
     losses: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Coefficients of auxiliary losses by name, such as {'switch': 0.01}."}
+    )
+    balance_scope: str = field(
+        default="micro",
+        metadata={
+            "help": "Batch that auxiliary losses balance: 'micro' (each process and micro-batch its own) or 'global' "
+            "(the joined batch of all processes, one small all-reduce for each loss)."
+        },
     )
     stepper: str | None = field(
         default=None, metadata={"help": "Balance state that moves once an optimizer step, such as 'loss_free'."}
@@ -118,6 +127,8 @@ class RoutedAdapterConfig(PeftConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, expected a value in [0, 1).")
+        if self.balance_scope not in ("micro", "global"):
+            raise ConfigError(f"balance_scope is {self.balance_scope!r}, expected 'micro' or 'global'.")
         if self.router_sharing not in SHARING:
             raise ConfigError(f"router_sharing is {self.router_sharing!r}, expected one of {', '.join(SHARING)}.")
         if self.scope == "task" and not self.num_tasks:
@@ -150,6 +161,25 @@ class RoutedAdapterConfig(PeftConfig):
                 raise ConfigError(f"RoutedAdapterConfig has no field {key!r}.{suggestion(key, known)}")
         preset = get_preset(name)
         return cls(**{**preset.values(overrides), **overrides, "preset": name})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> RoutedAdapterConfig:
+        """Read a saved configuration, after a look at the weights beside it.
+
+        Args:
+            pretrained_model_name_or_path: local folder or hub id.
+            subfolder: folder inside it.
+            **kwargs: as for PEFT.
+
+        Raises:
+            CheckpointError: if the weights beside it are a pickle, cut off, or another method's.
+            ConfigError: if its values do not fit together.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        check_adapter_folder(folder / subfolder if subfolder else folder, "moe_adapter_")
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:

@@ -1,29 +1,71 @@
 """Model hooks: they open a routing context when a forward pass starts and close it when it ends.
 
 One pair of hooks on the inner Hugging Face model serves PeftModel, native `add_adapter`, `generate`, Trainer, TRL
-and gradient checkpointing alike, since every path calls the inner model with its keyword arguments. The closing hook
-adds the auxiliary losses to the model's loss, multiplied by (local label tokens) / `num_items_in_batch`, so that the
-gradient does not depend on how a batch is split over accumulation steps and processes.
+and gradient checkpointing alike, since every path calls the inner model with its keyword arguments. Parts that may be
+called alone (a T5 encoder in `generate`, the backbone without its head) carry a second pair, which works only when no
+pass of the whole model is under way.
+
+The closing hook adds the auxiliary losses to the model's loss, multiplied by (local label tokens) /
+`num_items_in_batch`, so that the gradient does not depend on how a batch is split over accumulation steps and
+processes. Where a trainer computes its own loss they reach it as `outputs.aux_loss` (see `delivery.py`).
 """
 
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_kit.errors import ConfigError
+from moe_kit.hf.batch import IGNORED_LABEL, encoder_context, main_context, shifts_labels
+from moe_kit.hf.delivery import check_policy, check_reentrant, deliver, strip_request, withdraw
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.state import ATTRIBUTE, ModelRouting
 
 _HOOKS = "moe_routing_hooks"
-_IGNORED_LABEL = -100
 
 
-def attach(model: nn.Module) -> ModelRouting:
+class HookedRouting(ModelRouting):
+    """Routing state of a Hugging Face model, with what its hooks remember between calls.
+
+    Attributes:
+        encoder_context: the encoder's side of the pass of an encoder-decoder model, else None.
+        part: the part of the model that is run on its own, if any.
+        carries: a router's decisions outlive the forward pass and ride on the cache.
+        balances_globally: balance losses are those of the joined batch of all processes.
+        wants_aux_loss: the caller of the present pass asked for `outputs.aux_loss`.
+        warned_no_loss: the user was told that auxiliary losses got lost.
+        watches_policy: an optimizer's next step is checked for a gradient of sampled routers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder_context: RoutingContext | None = None
+        self.part: nn.Module | None = None
+        self.carries = False
+        self.balances_globally = False
+        self.wants_aux_loss = False
+        self.warned_no_loss = False
+        self.watches_policy = False
+
+    def __deepcopy__(self, memo: dict) -> HookedRouting:
+        # contexts hold graph tensors, which cannot be copied; a copied model starts without one
+        memo[id(self)] = fresh = HookedRouting()
+        fresh.carries, fresh.balances_globally = self.carries, self.balances_globally
+        return fresh
+
+    def __reduce__(self) -> tuple:
+        return (_restore, (self.carries, self.balances_globally))
+
+
+def _restore(carries: bool, balances_globally: bool) -> HookedRouting:
+    state = HookedRouting()
+    state.carries, state.balances_globally = carries, balances_globally
+    return state
+
+
+def attach(model: nn.Module) -> HookedRouting:
     """Attach routing state and hooks to an inner Hugging Face model; doing it twice changes nothing.
 
     Args:
@@ -34,13 +76,18 @@ def attach(model: nn.Module) -> ModelRouting:
     """
     state = model.__dict__.get(ATTRIBUTE)
     if state is None:
-        state = ModelRouting()
+        state = HookedRouting()
         model.__dict__[ATTRIBUTE] = state
     if _HOOKS not in model.__dict__:
-        model.__dict__[_HOOKS] = (
+        handles = [
             model.register_forward_pre_hook(_open, with_kwargs=True),
             model.register_forward_hook(_close, with_kwargs=True, always_call=True),
-        )
+        ]
+        for part in _parts(model):
+            part.__dict__[ATTRIBUTE] = state
+            handles.append(part.register_forward_pre_hook(_open_part, with_kwargs=True))
+            handles.append(part.register_forward_hook(_close_part, with_kwargs=True, always_call=True))
+        model.__dict__[_HOOKS] = tuple(handles)
     return state
 
 
@@ -48,7 +95,16 @@ def detach(model: nn.Module) -> None:
     """Remove the hooks and the state; doing it twice changes nothing."""
     for handle in model.__dict__.pop(_HOOKS, ()):
         handle.remove()
-    model.__dict__.pop(ATTRIBUTE, None)
+    for part in (model, *_parts(model)):
+        part.__dict__.pop(ATTRIBUTE, None)
+    withdraw(model)
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """Models inside a model: backbone, encoder, decoder."""
+    from transformers import PreTrainedModel
+
+    return [module for module in model.modules() if module is not model and isinstance(module, PreTrainedModel)]
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -59,110 +115,83 @@ def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
     return {**dict(zip(names, args)), **kwargs}
 
 
-def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    state: ModelRouting = module.__dict__[ATTRIBUTE]
-    state.open(build_context(_arguments(module, args, kwargs), state.inputs))
+def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    state: HookedRouting = module.__dict__[ATTRIBUTE]
+    arguments = _arguments(module, args, kwargs)
+    _start(state, module, arguments)
+    changed = strip_request(state, module, kwargs)
+    return None if changed is None else (args, changed)
 
 
-def build_context(arguments: dict[str, Any], inputs: dict[str, Any]) -> RoutingContext:
-    """Make the context of a forward pass.
-
-    Args:
-        arguments: the inner model's arguments by name.
-        inputs: what `routing_inputs` added.
-
-    Returns:
-        A fresh, open context.
-    """
-    tokens = arguments.get("input_ids")
-    if tokens is None:
-        tokens = arguments.get("inputs_embeds")
-    shape = None if tokens is None else tokens.shape[:2]
-    mask_BS = _mask(arguments.get("attention_mask"), shape)
-    return RoutingContext(
-        mask_BS=mask_BS,
-        prompt_mask_BS=_prompt_mask(arguments, inputs, mask_BS, shape),
-        task_ids_B=inputs.get("task_ids"),
-        prior_BE=inputs.get("prior"),
-        scalars=inputs.get("scalars", {}),
-    )
+def _start(state: HookedRouting, module: nn.Module, arguments: dict[str, Any]) -> None:
+    context = main_context(module, arguments, state.inputs)
+    if state.carries:
+        context.carried = _carried(module, arguments)
+    state.open(context)
+    state.encoder_context = None
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        state.encoder_context = encoder_context(context, arguments)
 
 
-def _mask(attention_mask: Tensor | None, shape: torch.Size | None) -> Tensor | None:
-    """Real tokens of this pass: the last columns of a two-dimensional mask."""
-    if attention_mask is None or shape is None or attention_mask.dim() != 2:
-        return None
-    length = shape[1]
-    if attention_mask.shape[1] < length:
-        return None
-    return attention_mask[:, attention_mask.shape[1] - length :].bool()
+def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    state: HookedRouting = module.__dict__[ATTRIBUTE]
+    if not state.context.is_open:
+        _start(state, module, _arguments(module, args, kwargs))
+        state.part, state.wants_aux_loss = module, False
 
 
-def _prompt_mask(
-    arguments: dict[str, Any], inputs: dict[str, Any], mask_BS: Tensor | None, shape: torch.Size | None
-) -> Tensor | None:
-    """Tokens that a sequence-scope decision may read: given ones, else those before the first label, else all real."""
-    if shape is None:
-        return None
-    given = inputs.get("prompt_mask")
-    if given is not None and tuple(given.shape) == tuple(shape):
-        prompt = given.bool()
-        return prompt if mask_BS is None else prompt & mask_BS
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    columns_S = torch.arange(shape[1], device=device)
-    length = inputs.get("prompt_length")
-    labels = arguments.get("labels")
-    if length is not None:
-        length_B1 = torch.as_tensor(length, device=device).reshape(-1, 1)
-        # a prompt is counted in real tokens, so left padding shifts it
-        position_BS = columns_S[None] if mask_BS is None else mask_BS.long().cumsum(1) - 1
-        prompt = (position_BS < length_B1).expand(shape)
-    elif isinstance(labels, Tensor) and labels.dim() == 2 and tuple(labels.shape) == tuple(shape):
-        prompt = (labels != _IGNORED_LABEL).long().cumsum(1) == 0
-    else:
-        return None
-    prompt = prompt if mask_BS is None else prompt & mask_BS
-    # a row whose labels start at its first token has no prompt of its own: it reads all its real tokens
-    empty_B1 = ~prompt.any(1, keepdim=True)
-    real = torch.ones_like(prompt) if mask_BS is None else mask_BS
-    return torch.where(empty_B1, real, prompt)
+def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    state: HookedRouting = module.__dict__[ATTRIBUTE]
+    if state.part is module:
+        state.part = None
+        _end(state)
+        if module.training and torch.is_grad_enabled() and output is not None:
+            deliver(state, module, None, {}, output)
+
+
+def _end(state: HookedRouting) -> None:
+    if state.encoder_context is not None:
+        state.encoder_context.is_open = False
+    state.close()
 
 
 def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    state: ModelRouting = module.__dict__[ATTRIBUTE]
-    state.close()
-    if output is None or not (module.training and torch.is_grad_enabled()):
+    state: HookedRouting = module.__dict__[ATTRIBUTE]
+    _end(state)
+    if output is None:
         return None
-    loss = getattr(output, "loss", None)
-    if loss is not None:
-        _check_policy(state)
+    _keep_decisions(state.context, module, output)
+    arguments = _arguments(module, args, kwargs)
+    learning = module.training and torch.is_grad_enabled()
+    loss = _loss_of(output, arguments)
+    if learning:
+        check_reentrant(state)
+        if loss is not None:
+            check_policy(state)
+    if not learning or loss is None or arguments.get("fused_lm_head"):
+        deliver(state, module, loss, arguments, output)
+        return None
     auxiliary = state.total_loss()
     if auxiliary is None:
         return None
-    arguments = _arguments(module, args, kwargs)
-    if loss is None:
-        _warn_no_loss(state)
-        return None
-    output.loss = loss + loss_share(module, arguments) * auxiliary.to(loss.device)
+    total = loss + loss_share(module, arguments) * auxiliary.to(loss.device)
+    if isinstance(output, tuple):
+        return (total, *output[1:])
+    output.loss = total
     return output
 
 
-def _check_policy(state: ModelRouting) -> None:
-    """A sampled router gets no gradient from the model's own loss: refuse to train it in vain."""
-    context = state.context
-    if context.policy_gradient:
-        return
-    for site, routing, _ in context.registered:
-        if routing.log_prob_N is not None and routing.log_prob_N.requires_grad:
-            raise ConfigError(
-                f"the router at {site} samples its experts and is trained by a policy gradient only; this training "
-                "loop would leave it without one. Use moe_kit.RoutedTrainer, or freeze_router=True, or run your own "
-                "estimator inside `with moe_kit.routing.policy_gradient(model)`."
-            )
+def _loss_of(output: Any, arguments: dict[str, Any]) -> Tensor | None:
+    if isinstance(output, tuple):
+        first = output[0] if output and arguments.get("labels") is not None else None
+        return first if isinstance(first, Tensor) and first.dim() == 0 else None
+    return getattr(output, "loss", None)
 
 
 def loss_share(module: nn.Module, arguments: dict[str, Any]) -> Tensor | float:
     """Share of the optimizer step's label tokens that this micro-batch holds.
+
+    With balance over all processes it is the mean share of the processes, since each of them adds the loss of all.
 
     Args:
         module: the inner model.
@@ -174,18 +203,47 @@ def loss_share(module: nn.Module, arguments: dict[str, Any]) -> Tensor | float:
     items, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
     if items is None or labels is None:
         return 1.0
-    config = getattr(module, "config", None)
-    shifted = labels.dim() > 1 and not getattr(config, "is_encoder_decoder", False)
-    local = (labels[..., 1:] if shifted else labels) != _IGNORED_LABEL
-    return local.sum() / items
+    if arguments.get("shift_labels") is not None:
+        labels = arguments["shift_labels"]
+    elif shifts_labels(module):
+        labels = labels[..., 1:]
+    local = (labels != IGNORED_LABEL).sum().float()
+    state: HookedRouting | None = module.__dict__.get(ATTRIBUTE)
+    if state is not None and state.balances_globally:
+        torch.distributed.all_reduce(local)
+        local = local / torch.distributed.get_world_size()
+    return local / items
 
 
-def _warn_no_loss(state: ModelRouting) -> None:
-    if not getattr(state, "warned_no_loss", False):
-        state.warned_no_loss = True
-        warnings.warn(
-            "moe_kit: the model was called without labels in training mode, so its auxiliary routing losses were not "
-            "added to any loss. A trainer that computes its own loss should add "
-            "`sum(moe_kit.routing_losses(model).values())` with its coefficients.",
-            stacklevel=2,
-        )
+def _cache_of(cache: Any) -> Any:
+    """The cache that has a list of layers; the decoder's own in an encoder-decoder cache."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
+def _carried(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Decisions that ride on the cache of this request, to be filled by its first pass."""
+    if module.training:
+        return None
+    from moe_kit.hf.cache import ensure_carrier
+
+    cache = _cache_of(arguments.get("past_key_values"))
+    if cache is None:
+        return {}
+    return ensure_carrier(cache, _num_layers(module)).sites
+
+
+def _keep_decisions(context: RoutingContext, module: nn.Module, output: Any) -> None:
+    """Decisions of a pass that made its own cache ride on that cache."""
+    cache = _cache_of(getattr(output, "past_key_values", None))
+    if not context.carried or cache is None or not hasattr(cache, "layers"):
+        return
+    from moe_kit.hf.cache import ensure_carrier
+
+    sites = ensure_carrier(cache, _num_layers(module)).sites
+    if sites is not context.carried:
+        sites.update(context.carried)
+
+
+def _num_layers(module: nn.Module) -> int:
+    config: Any = getattr(module, "config", None)
+    return config.get_text_config(decoder=True).num_hidden_layers

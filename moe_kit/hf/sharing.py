@@ -28,6 +28,28 @@ _SAME_INPUT = (
 _QUERY = {"q_proj", "query_proj", "query", "q", "q_lin", "to_q"}
 _CROSS = re.compile(r"cross|enc_?dec|encoder_attn|encdec", re.IGNORECASE)
 _BLOCK = re.compile(r"^(.*?\.\d+)(\.|$)")
+_MEMORY = {"k", "v", "k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "k_lin", "v_lin", "to_k", "to_v"}
+
+
+def reads_encoder(path: str) -> bool:
+    """Whether a linear of an encoder-decoder model reads the encoder's tokens: encoder layers, cross-attention memory.
+
+    Args:
+        path: module path of the linear.
+
+    Returns:
+        True for such a linear; in other models the answer means nothing.
+
+    Example:
+        >>> reads_encoder("decoder.block.0.layer.1.EncDecAttention.k")
+        True
+        >>> reads_encoder("decoder.block.0.layer.1.EncDecAttention.q")
+        False
+    """
+    parent, _, leaf = path.rpartition(".")
+    if _CROSS.search(parent):
+        return leaf in _MEMORY
+    return "encoder" in parent.split(".")
 
 
 def router_group(path: str, sharing: str) -> str:
@@ -49,11 +71,13 @@ def router_group(path: str, sharing: str) -> str:
     """
     if sharing not in SHARING:
         raise ConfigError(f"router_sharing is {sharing!r}, expected one of {', '.join(SHARING)}.")
+    # the tokens of encoder and decoder are different decisions
+    side = "#encoder" if reads_encoder(path) else ""
     if sharing == "model":
-        return "model"
+        return "model" + side
     if sharing == "block":
         match = _BLOCK.match(path)
-        return match.group(1) if match else path
+        return match.group(1) + side if match else path
     parent, _, leaf = path.rpartition(".")
     if sharing == "input":
         for index, names in enumerate(_SAME_INPUT):

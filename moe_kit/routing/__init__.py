@@ -15,6 +15,7 @@ from moe_kit.routing.state import (
     replay_routing,
     routing_inputs,
     routing_losses,
+    weighted_routing_loss,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "rloo_loss",
     "routing_inputs",
     "routing_losses",
+    "weighted_routing_loss",
 ]

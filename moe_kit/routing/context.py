@@ -27,6 +27,7 @@ class RoutingContext:
     Attributes:
         mask_BS: bool [B, S], True for real tokens; None = all real.
         prompt_mask_BS: bool [B, S], True for tokens a sequence-scope decision may read; None = `mask_BS`.
+        shape_BS: (B, S) of the pass's tokens; None = not known. It tells the rows of a flattened input.
         sequence_BS: int64 [B, S], which sequence a token belongs to when rows are packed, numbered over the whole
             batch; None = one sequence a row.
         num_sequences: number of sequences in `sequence_BS`; None = number of rows.
@@ -38,7 +39,8 @@ class RoutingContext:
         forced_weights_BE: expert weights for every row at every site (`force_experts`).
         forced_sites: sites that obey the forced values; None = all.
         routings: site name -> the `Routing` made last in this pass.
-        shared: site name -> (reference to the input, its `Routing`): layers with the same input read it.
+        shared: site name -> (reference to the input, its `Routing`, outputs computed along with the first sibling's by
+            module path): layers with the same input read it.
         registered: every Routing registered in this pass, as (site, routing, router).
         carried: site name -> float32 logits [B, E] of decisions that outlive the prompt (sequence and request scope).
             A hook gives an empty dict when a cache starts, keeps what the routers put in, and gives it back while
@@ -51,6 +53,7 @@ class RoutingContext:
 
     mask_BS: Tensor | None = None
     prompt_mask_BS: Tensor | None = None
+    shape_BS: tuple[int, int] | None = None
     sequence_BS: Tensor | None = None
     num_sequences: int | None = None
     task_ids_B: Tensor | None = None
@@ -61,7 +64,7 @@ class RoutingContext:
     forced_weights_BE: Tensor | None = None
     forced_sites: frozenset[str] | None = None
     routings: dict[str, Routing] = field(default_factory=dict)
-    shared: dict[str, tuple[Any, Routing]] = field(default_factory=dict)
+    shared: dict[str, tuple[Any, Routing, dict[str, Tensor]]] = field(default_factory=dict)
     registered: list[tuple[str, Routing, torch.nn.Module]] = field(default_factory=list)
     carried: dict[str, Tensor] | None = None
     policy_gradient: bool = False

@@ -263,3 +263,20 @@ def routing_losses(model: nn.Module) -> dict[str, Tensor]:
         RoutingError: if the model has no moe_kit routers.
     """
     return dict(require_routing_state(model).context.closed_losses)
+
+
+def weighted_routing_loss(model: nn.Module) -> Tensor:
+    """Auxiliary losses of the last training pass times their coefficients, for a training loop with a loss of its own.
+
+    Args:
+        model: a model with moe_kit routers, called in training mode.
+
+    Returns:
+        Scalar with gradient, 0 if no router has a loss. A loop that accumulates micro-batches multiplies it by the
+        share of the step's label tokens (or of its micro-batches) that this pass holds.
+
+    Raises:
+        RoutingError: if the model has no moe_kit routers.
+    """
+    total = require_routing_state(model).total_loss()
+    return torch.zeros((), device=next(model.parameters()).device) if total is None else total

@@ -1,0 +1,154 @@
+"""Which linears of a model are adapted: `"all-linear"` resolved by ourselves, and what is said when nothing matches.
+
+`"all-linear"` means the linears that every token passes once: attention and feed-forward of each layer. It leaves out
+the output head (PEFT's rule), a base mixture's router, and the linears of single base experts, which see a share of
+the tokens that depends on the routing. Each of those is adapted when it is named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from moe_kit.adapters.config import RoutedAdapterConfig, suggestion
+from moe_kit.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+
+logger = logging.getLogger(__name__)
+
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
+_HEADS = ("score", "classifier", "classification_head", "qa_outputs")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether routed adapters can go on a module: linears, transformers' Conv1D, quantised linears, adapted linears.
+
+    Args:
+        module: any module.
+    """
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, (nn.Linear, Conv1D)):
+        return True
+    has_widths = isinstance(getattr(base, "in_features", None), int) and isinstance(
+        getattr(base, "out_features", None), int
+    )
+    return has_widths and "linear" in type(base).__name__.lower()
+
+
+def all_linears(model: nn.Module, config: RoutedAdapterConfig) -> list[str]:
+    """Paths that `"all-linear"` stands for.
+
+    Args:
+        model: the inner model, with or without adapters.
+        config: its `layers_to_transform` and `exclude_modules` are obeyed; it may exclude more than this function.
+
+    Returns:
+        Paths in the model's order.
+
+    Raises:
+        ConfigError: if there is none; the linears of the model are listed.
+    """
+    skipped = _heads(model)
+    for path, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, nn.MultiheadAttention)):
+            # inside lie parts of an adapter, or a projection that is never called as a module
+            skipped |= {f"{path}.{name}" for name, _ in module.named_modules() if name}
+    paths = [path for path, module in model.named_modules() if is_linear(module) and path not in skipped]
+    of_base_mixture = [path for path in paths if _belongs_to_base_mixture(path, model)]
+    paths = [path for path in paths if path not in set(of_base_mixture)]
+    if config.layers_to_transform is not None:
+        wanted = config.layers_to_transform
+        layers = {wanted} if isinstance(wanted, int) else set(wanted)
+        paths = [path for path in paths if _layer_of(path, config.layers_pattern) in layers]
+    if not paths:
+        raise nothing_matched(model, config)
+    if of_base_mixture or _has_expert_parameters(model):
+        logger.warning(
+            "all-linear on a mixture-of-experts base adapts %s; its router and its experts are left alone%s.",
+            describe(paths),
+            f" ({describe(of_base_mixture)}: name them to adapt them)" if of_base_mixture else "",
+        )
+    return paths
+
+
+def describe(paths: list[str]) -> str:
+    """Count linears by name.
+
+    Args:
+        paths: module paths.
+
+    Returns:
+        Text such as "q_proj (30), k_proj (30)".
+    """
+    counts = Counter(path.rpartition(".")[2] for path in paths)
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
+def nothing_matched(model: nn.Module, config: RoutedAdapterConfig) -> ConfigError:
+    """The error for a configuration that matches no linear.
+
+    Args:
+        model: the inner model.
+        config: the configuration.
+
+    Returns:
+        An error that lists the linears there are and suggests the nearest name.
+    """
+    names = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if path and is_linear(module)})
+    targets: Any = config.target_modules
+    hint = ""
+    if isinstance(targets, (list, tuple, set)):
+        unknown = [name for name in targets if name.rpartition(".")[2] not in names]
+        hint = suggestion(unknown[0].rpartition(".")[2], names) if unknown else ""
+    where = "" if config.layers_to_transform is None else f" in layers {config.layers_to_transform}"
+    return ConfigError(
+        f"target_modules = {targets!r} matches no linear of this {type(model).__name__}{where}."
+        f"{hint if 'mean' in hint else ''} Its linears: {', '.join(names) or 'none'}."
+    )
+
+
+def _heads(model: nn.Module) -> set[str]:
+    """Output heads: the language model's, or the classifier at the top."""
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    head = model.get_output_embeddings()
+    if head is not None:
+        return {path for path, module in model.named_modules() if module is head}
+    tops = [name for name in _HEADS if hasattr(model, name)]
+    return {
+        path for path, _ in model.named_modules() if any(path == name or path.startswith(name + ".") for name in tops)
+    }
+
+
+def _belongs_to_base_mixture(path: str, model: nn.Module) -> bool:
+    parts = path.split(".")
+    if "experts" in parts or "router" in parts:
+        return True
+    return parts[-1] in _ROUTERS and _has_experts(model)
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any("experts" in path.split(".") for path, _ in model.named_modules()) or _has_expert_parameters(model)
+
+
+def _has_expert_parameters(model: nn.Module) -> bool:
+    """Base experts stacked in one three-dimensional parameter, as transformers 5 keeps them."""
+    return any("experts" in name.split(".") and value.dim() == 3 for name, value in model.named_parameters())
+
+
+def _layer_of(path: str, pattern: list[str] | str | None) -> int | None:
+    """Index of the layer that a path lies in: the first number, or the one behind a named list."""
+    parts = path.split(".")
+    names = [pattern] if isinstance(pattern, str) else pattern
+    for before, part in pairwise(parts):
+        if part.isdigit() and (not names or before in names):
+            return int(part)
+    return None

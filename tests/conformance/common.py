@@ -1,0 +1,45 @@
+"""What the conformance tests share: small routed models that are awake, and gradients by name."""
+
+import torch
+from peft import get_peft_model
+
+from moe_kit import RoutedAdapterConfig
+from tests.tiny import batch_of, tiny_llama, wake_banks
+
+NAME = "skills_a"
+
+
+def config(preset="mixture_of_lora", **overrides):
+    values = dict(num_experts=4, top_k=2, r=3, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    return RoutedAdapterConfig.from_preset(preset, **{**values, **overrides})
+
+
+def routed(base=None, name=NAME, awake=True, **overrides):
+    """A wrapped tiny Llama in evaluation mode; its experts and routers differ from each other."""
+    model = get_peft_model(base or tiny_llama().eval(), config(**overrides), adapter_name=name)
+    if awake:
+        wake(model)
+    return model.eval()
+
+
+def wake(model, seed=11):
+    wake_banks(model)
+    generator = torch.Generator().manual_seed(seed)
+    for key, value in model.named_parameters():
+        if "moe_adapter_router" in key:
+            with torch.no_grad():
+                value.copy_(torch.randn(value.shape, generator=generator))
+
+
+def gradients(model):
+    return {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+
+
+def adapter_state(model, name=NAME):
+    return {key: value for key, value in model.state_dict().items() if f".{name}." in key}
+
+
+def rows(count=8, length=6):
+    """A map-style dataset of single examples."""
+    batch = batch_of(rows=count, length=length)
+    return [{key: value[row] for key, value in batch.items()} for row in range(count)]
