@@ -5,12 +5,14 @@ Fields are plain JSON, as PEFT's conventions ask; a preset is a set of field val
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from torch import nn
 
 from moe_kit.errors import ConfigError
 from moe_kit.hf.adapter_files import check_adapter_folder
@@ -85,6 +87,10 @@ class RoutedAdapterConfig(PeftConfig):
     detach_router_input: bool = field(
         default=False, metadata={"help": "No gradient from the router into the hidden states."}
     )
+    router_freeze_after: int | None = field(
+        default=None, metadata={"help": "Optimizer steps after which the router stays as it is; None = never."}
+    )
+    freeze_experts: bool = field(default=False, metadata={"help": "Keep the experts as they are; train the router."})
     freeze_router: bool = field(default=False, metadata={"help": "Keep the router as it is; train only the experts."})
     router_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the router in moe_kit's trainer; None = the adapters' own."}
@@ -96,6 +102,20 @@ class RoutedAdapterConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "r for modules whose path matches a regular expression."}
     )
+
+    expert_layout: list[int] | None = field(
+        default=None,
+        metadata={"help": "num_experts by depth: the layers fall into as many equal parts as there are entries."},
+    )
+    causal_leak: str | None = field(
+        default=None,
+        metadata={"help": "'allow' lets expert choice look at later tokens of a causal model; default: an error."},
+    )
+    from_adapters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Folders of PEFT LoRAs that become the experts, one each; read once, then saved with ours."},
+    )
+    expert_names: list[str] | None = field(default=None, metadata={"help": "Names of the experts, for reports."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,8 +140,12 @@ class RoutedAdapterConfig(PeftConfig):
             for pattern, value in patterns.items():
                 if not isinstance(value, int) or value < 1:
                     raise ConfigError(f"{name} for {pattern!r} is {value!r}, expected a whole number of at least 1.")
-        smallest = min([self.num_experts, *self.expert_pattern.values()])
-        if self.select in ("top_k", "sample_k") and self.top_k > smallest:
+        if self.expert_layout is not None and (
+            not self.expert_layout or any(not isinstance(n, int) or n < 1 for n in self.expert_layout)
+        ):
+            raise ConfigError(f"expert_layout is {self.expert_layout!r}, expected whole numbers of at least 1.")
+        smallest = min(self.expert_layout or [self.num_experts, *self.expert_pattern.values()])
+        if self.select in ("top_k", "sample_k", "capacity", "expert_choice") and self.top_k > smallest:
             raise ConfigError(
                 f"top_k is {self.top_k} but a module has only {smallest} experts: lower top_k or raise num_experts."
             )
@@ -131,8 +155,39 @@ class RoutedAdapterConfig(PeftConfig):
             raise ConfigError(f"balance_scope is {self.balance_scope!r}, expected 'micro' or 'global'.")
         if self.router_sharing not in SHARING:
             raise ConfigError(f"router_sharing is {self.router_sharing!r}, expected one of {', '.join(SHARING)}.")
+        if self.causal_leak not in (None, "allow"):
+            raise ConfigError(f"causal_leak is {self.causal_leak!r}, expected 'allow' or none.")
+        if self.num_tasks is not None and (not isinstance(self.num_tasks, int) or self.num_tasks < 1):
+            raise ConfigError(f"num_tasks is {self.num_tasks!r}, expected a whole number of at least 1.")
+        if "task" in (self.scope, self.score.removesuffix("_table")) and self.scope != self.score.removesuffix(
+            "_table"
+        ):
+            raise ConfigError(
+                f"scope {self.scope!r} with score {self.score!r}: a task table needs scope 'task', and the reverse."
+            )
         if self.scope == "task" and not self.num_tasks:
             raise ConfigError("scope is 'task' but num_tasks is not set: give the number of tasks, 1 or more.")
+
+    def check_model(self, model: nn.Module) -> None:
+        """Fit this configuration to a model, before anything is changed in it.
+
+        Refuses what would be wrong on this model, and turns `expert_layout` into `expert_pattern`.
+
+        Args:
+            model: the base model.
+
+        Raises:
+            ConfigError: if expert choice would let a causal model look ahead, or the layers cannot be counted.
+        """
+        leaky = self.select == "expert_choice" and self.select_options.get("threshold") is None
+        if leaky and self.causal_leak is None and is_causal(model):
+            raise ConfigError(
+                f"select is 'expert_choice' and {type(model).__name__} is causal: whether an expert takes a token would "
+                "depend on later tokens, in training but not while generating. Choose the causal form with "
+                "select_options={'threshold': 'ema'}, or say causal_leak='allow'."
+            )
+        if self.expert_layout is not None:
+            self.expert_pattern = {**self.expert_pattern, **layout_pattern(model, self.expert_layout)}
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> RoutedAdapterConfig:
@@ -187,6 +242,45 @@ class RoutedAdapterConfig(PeftConfig):
         from moe_kit.adapters.presets import PRESETS
 
         return tuple(PRESETS)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """True if some attention of the model hides later tokens.
+
+    Args:
+        model: a Hugging Face model; its attention modules say so in `is_causal`. Without any such module the name of
+            the class decides.
+    """
+    flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    if flags:
+        return any(flag is True for flag in flags)
+    return any(word in type(model).__name__ for word in ("CausalLM", "LMHead", "ConditionalGeneration"))
+
+
+def layout_pattern(model: nn.Module, layout: list[int]) -> dict[str, int]:
+    """Expert counts by depth as patterns over module paths.
+
+    Args:
+        model: its longest module list is the stack of layers.
+        layout: expert counts, first layers first; the layers fall into equal parts, earlier parts take the rest.
+
+    Returns:
+        pattern -> num_experts.
+
+    Raises:
+        ConfigError: if the model has no module list, or fewer layers than parts.
+    """
+    lists = [(len(m), name) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name]
+    if not lists:
+        raise ConfigError("expert_layout counts layers, and this model has no list of layers: use expert_pattern.")
+    count, path = max(lists, key=lambda item: (item[0], -len(item[1])))
+    if count < len(layout):
+        raise ConfigError(f"expert_layout has {len(layout)} parts but the model {count} layers.")
+    parts: dict[int, list[int]] = {}
+    for layer in range(count):
+        parts.setdefault(layer * len(layout) // count, []).append(layer)
+    leaf = re.escape(path.rpartition(".")[2])
+    return {rf"{leaf}\.({'|'.join(map(str, layers))})": layout[part] for part, layers in parts.items()}
 
 
 def suggestion(name: str, known: set[str] | list[str]) -> str:

@@ -18,17 +18,45 @@ from moe_kit.adapters.config import RoutedAdapterConfig, suggestion
 from moe_kit.errors import ConfigError
 from moe_kit.experts.bank import Bank
 from moe_kit.experts.lora import LoRABank
-from moe_kit.routing.balance import LOSSES
+from moe_kit.experts.rank_one import RankOneBank
+from moe_kit.experts.shared_a import SharedABank
+from moe_kit.experts.split_head import SplitHeadBank
+from moe_kit.routing.balance import LOSSES, ReLUSparsityLoss
+from moe_kit.routing.capacity import SelectCapacity
+from moe_kit.routing.expert_choice import SelectEMAThreshold, SelectExpertChoice
+from moe_kit.routing.loss_free import LossFreeBias
 from moe_kit.routing.router import Router
+from moe_kit.routing.schedule import TwoStageEntropy
 from moe_kit.routing.scope import RequestScope, Scope, SequenceScope, TaskScope, TokenScope
-from moe_kit.routing.score import LinearScore, MLPScore, TaskTableScore
+from moe_kit.routing.score import (
+    FrozenSparseScore,
+    LinearScore,
+    MLPScore,
+    NoisyLinearScore,
+    PrototypeScore,
+    TaskTableScore,
+    UniformScore,
+)
 from moe_kit.routing.select import SelectAll, SelectSampleK, SelectTopK
+from moe_kit.routing.step import StepState
+from moe_kit.routing.threshold import (
+    ExcessWeight,
+    SelectLearnedThreshold,
+    SelectPositive,
+    SelectTopP,
+    SparsityController,
+)
 from moe_kit.routing.weight import (
     ConstantWeight,
+    CountScaledSoftmaxWeight,
+    DenseMixerWeight,
     RawWeight,
+    RelaxedBernoulliWeight,
+    ReLUWeight,
     SelectedSoftmaxWeight,
     SigmoidWeight,
     SoftmaxWeight,
+    StraightThroughWeight,
     Weight,
 )
 
@@ -42,42 +70,81 @@ class Sizes:
     Attributes:
         width_in: D.
         width_out: O.
-        num_experts: E.
+        num_experts: experts of one group.
         rank: L.
+        groups: groups of experts that are weighted on their own (heads of a split bank).
     """
 
     width_in: int
     width_out: int
     num_experts: int
     rank: int
+    groups: int = 1
+
+    @property
+    def slots(self) -> int:
+        """E as the router sees it: groups times experts of a group."""
+        return self.groups * self.num_experts
 
 
 Builder = Callable[[RoutedAdapterConfig, Sizes], Any]
 
 SCOPES: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Scope]] = {
-    "token": lambda config, sizes: TokenScope(),
+    "token": lambda config, sizes: TokenScope(**config.scope_options),
     "sequence": lambda config, sizes: SequenceScope(**config.scope_options),
     "request": lambda config, sizes: RequestScope(**config.scope_options),
     "task": lambda config, sizes: TaskScope(config.num_tasks),
 }
 SCORES: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], nn.Module]] = {
-    "linear": lambda config, sizes: LinearScore(sizes.width_in, sizes.num_experts, **config.score_options),
-    "mlp": lambda config, sizes: MLPScore(sizes.width_in, sizes.num_experts, **config.score_options),
-    "task_table": lambda config, sizes: TaskTableScore(config.num_tasks, sizes.num_experts, **config.score_options),
+    "linear": lambda config, sizes: LinearScore(sizes.width_in, sizes.slots, **config.score_options),
+    "noisy_linear": lambda config, sizes: NoisyLinearScore(sizes.width_in, sizes.slots, **config.score_options),
+    "mlp": lambda config, sizes: MLPScore(sizes.width_in, sizes.slots, **config.score_options),
+    "prototype": lambda config, sizes: PrototypeScore(sizes.width_in, sizes.slots, **config.score_options),
+    "frozen_sparse": lambda config, sizes: FrozenSparseScore(
+        sizes.width_in, sizes.slots, **{"density": min(1.0, config.top_k / sizes.slots), **config.score_options}
+    ),
+    "task_table": lambda config, sizes: TaskTableScore(config.num_tasks, sizes.slots, **config.score_options),
+    "uniform": lambda config, sizes: UniformScore(sizes.slots, **config.score_options),
 }
+
+
+def _expert_choice(config: RoutedAdapterConfig, sizes: Sizes) -> nn.Module:
+    options = dict(config.select_options)
+    threshold = options.pop("threshold", None)
+    if threshold is None:
+        return SelectExpertChoice(config.top_k, **options)
+    if threshold != "ema":
+        raise ConfigError(f"select_options['threshold'] is {threshold!r}, expected 'ema' or none.")
+    return SelectEMAThreshold(sizes.slots, config.top_k, **options)
+
+
 SELECTIONS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], nn.Module]] = {
-    "all": lambda config, sizes: SelectAll(),
+    "all": lambda config, sizes: SelectAll(**config.select_options),
     "top_k": lambda config, sizes: SelectTopK(config.top_k, **config.select_options),
     "sample_k": lambda config, sizes: SelectSampleK(config.top_k, **config.select_options),
+    "top_p": lambda config, sizes: SelectTopP(**config.select_options),
+    "positive": lambda config, sizes: SelectPositive(**config.select_options),
+    "learned_threshold": lambda config, sizes: SelectLearnedThreshold(
+        sizes.width_in, sizes.slots, **config.select_options
+    ),
+    "capacity": lambda config, sizes: SelectCapacity(config.top_k, **config.select_options),
+    "expert_choice": _expert_choice,
 }
 WEIGHTS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Weight]] = {
-    "softmax": lambda config, sizes: SoftmaxWeight(),
-    "selected_softmax": lambda config, sizes: SelectedSoftmaxWeight(),
+    "softmax": lambda config, sizes: SoftmaxWeight(**config.weight_options),
+    "selected_softmax": lambda config, sizes: SelectedSoftmaxWeight(**config.weight_options),
+    "count_scaled_softmax": lambda config, sizes: CountScaledSoftmaxWeight(sizes.slots, **config.weight_options),
     "sigmoid": lambda config, sizes: SigmoidWeight(**config.weight_options),
+    "relu": lambda config, sizes: ReLUWeight(**config.weight_options),
+    "excess": lambda config, sizes: ExcessWeight(**config.weight_options),
+    "relaxed_bernoulli": lambda config, sizes: RelaxedBernoulliWeight(groups=sizes.groups, **config.weight_options),
+    "straight_through": lambda config, sizes: StraightThroughWeight(**config.weight_options),
+    "dense_mixer": lambda config, sizes: DenseMixerWeight(**config.weight_options),
     "indicator": lambda config, sizes: ConstantWeight(1.0),
+    "mean": lambda config, sizes: ConstantWeight(1.0 / sizes.num_experts),
     "constant": lambda config, sizes: ConstantWeight(**config.weight_options),
     "remix": lambda config, sizes: ConstantWeight(remix_weight(config.top_k, sizes.rank, config.use_rslora)),
-    "raw": lambda config, sizes: RawWeight(),
+    "raw": lambda config, sizes: RawWeight(**config.weight_options),
 }
 BANKS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Bank]] = {
     "lora": lambda config, sizes: LoRABank(
@@ -89,12 +156,41 @@ BANKS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Bank]] = {
         dropout=config.dropout,
         **config.bank_options,
     ),
+    "shared_a": lambda config, sizes: SharedABank(
+        sizes.width_in,
+        sizes.width_out,
+        sizes.num_experts,
+        sizes.rank,
+        scale=lora_scale(config, sizes.rank),
+        dropout=config.dropout,
+        **config.bank_options,
+    ),
+    "rank_one": lambda config, sizes: RankOneBank(
+        sizes.width_in,
+        sizes.width_out,
+        sizes.num_experts,
+        scale=lora_scale(config, sizes.num_experts),
+        **config.bank_options,
+    ),
+    "split_head": lambda config, sizes: SplitHeadBank(
+        sizes.width_in,
+        sizes.width_out,
+        sizes.num_experts,
+        sizes.rank,
+        scale=lora_scale(config, sizes.rank),
+        dropout=config.dropout,
+        **config.bank_options,
+    ),
 }
-STEPPERS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], nn.Module]] = {}
+STEPPERS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], StepState]] = {
+    "loss_free": lambda config, sizes: LossFreeBias(sizes.slots, **config.stepper_options),
+    "sparsity": lambda config, sizes: SparsityController(sizes.slots, config.top_k, **config.stepper_options),
+    "two_stage_entropy": lambda config, sizes: TwoStageEntropy(**config.stepper_options),
+}
 
 
 def remix_weight(top_k: int, rank: int, use_rslora: bool) -> float:
-    """ReMix's constant weight: 2/(k r), or 2/(k sqrt r)'s square-root form 2/sqrt(k r).
+    """ReMix's constant weight: 2/(k r), or its square-root form 2/sqrt(k r).
 
     Args:
         top_k: k.
@@ -121,7 +217,8 @@ def sizes_of(config: RoutedAdapterConfig, path: str, width_in: int, width_out: i
         width_out: O.
     """
     experts = _matched(config.expert_pattern, path, config.num_experts)
-    return Sizes(width_in, width_out, experts, _matched(config.rank_pattern, path, config.r))
+    groups = config.bank_options.get("heads", 1) if config.bank == "split_head" else 1
+    return Sizes(width_in, width_out, experts, _matched(config.rank_pattern, path, config.r), groups)
 
 
 def build_bank(config: RoutedAdapterConfig, sizes: Sizes) -> Bank:
@@ -139,10 +236,11 @@ def build_router(config: RoutedAdapterConfig, sizes: Sizes) -> Router:
     Raises:
         ConfigError: if the configuration names an unknown part or option.
     """
-    losses = {name: (coefficient, _named(LOSSES, "losses", name)) for name, coefficient in config.losses.items()}
+    known = {**LOSSES, "relu_l1": ReLUSparsityLoss(config.top_k)}
+    losses = {name: (coefficient, _named(known, "losses", name)) for name, coefficient in config.losses.items()}
     stepper = None if config.stepper is None else _build(STEPPERS, "stepper", config.stepper, config, sizes)
     return Router(
-        sizes.num_experts,
+        sizes.slots,
         scope=_build(SCOPES, "scope", config.scope, config, sizes),
         score=_build(SCORES, "score", config.score, config, sizes),
         select=_build(SELECTIONS, "select", config.select, config, sizes),
@@ -150,6 +248,7 @@ def build_router(config: RoutedAdapterConfig, sizes: Sizes) -> Router:
         losses=losses,
         detach_input=config.detach_router_input,
         stepper=stepper,
+        freeze_after=config.router_freeze_after,
     )
 
 

@@ -6,6 +6,7 @@ Shapes: T tokens, D width in, O width out, E experts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -68,3 +69,25 @@ class Bank(nn.Module, ABC):
             RoutingError: if the bank is no constant matrix under constant weights.
         """
         raise RoutingError(f"a {type(self).__name__} under constant weights is no LoRA: its weights carry the input.")
+
+    @staticmethod
+    def linear_group(
+        banks: Sequence[Bank],
+        x_TD: Tensor,
+        weights_OD: Sequence[Tensor],
+        biases_O: Sequence[Tensor | None],
+        routing: Routing,
+    ) -> tuple[Tensor, ...] | None:
+        """Several frozen linears with their banks over one input and one routing (q, k, v; gate, up).
+
+        Args:
+            banks: one a linear.
+            x_TD: float [T, D].
+            weights_OD: frozen weights [O_i, D].
+            biases_O: frozen biases [O_i] or None.
+            routing: decisions for the T tokens.
+
+        Returns:
+            One float [T, O_i] a linear, or None if these banks have no joint form.
+        """
+        return None

@@ -8,6 +8,7 @@ Shapes: T tokens, E experts, L rank, D width in, O width out.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,20 +29,36 @@ class LoRABank(Bank):
         rank: L, 1 or more.
         scale: multiplies the mixture; alpha / r in LoRA, 1 where the weights carry everything.
         dropout: probability of dropping an input element of the experts in training, in [0, 1).
+        frozen: keep A and B as saved buffers, which nothing trains: experts taken over from elsewhere.
     """
 
+    A: Tensor
+    B: Tensor
+
     def __init__(
-        self, width_in: int, width_out: int, num_experts: int, rank: int, *, scale: float = 1.0, dropout: float = 0.0
+        self,
+        width_in: int,
+        width_out: int,
+        num_experts: int,
+        rank: int,
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         self.width_in, self.width_out, self.num_experts, self.rank = width_in, width_out, num_experts, rank
         self.scale = scale
         self.dropout = nn.Dropout(dropout) if dropout else None
-        self.A = nn.Parameter(torch.empty(num_experts, rank, width_in))
-        self.B = nn.Parameter(torch.zeros(num_experts, width_out, rank))
         # each expert as torch.nn.Linear starts: uniform with bound 1/sqrt(D)
         bound = 1 / math.sqrt(width_in)
-        nn.init.uniform_(self.A, -bound, bound)
+        A_ELD = torch.empty(num_experts, rank, width_in).uniform_(-bound, bound)
+        B_EOL = torch.zeros(num_experts, width_out, rank)
+        if frozen:
+            self.register_buffer("A", A_ELD)
+            self.register_buffer("B", B_EOL)
+        else:
+            self.A, self.B = nn.Parameter(A_ELD), nn.Parameter(B_EOL)
 
     def forward(self, x_TD: Tensor, routing: Routing, base_TO: Tensor | None = None) -> Tensor:
         """Apply the chosen experts; see `Bank.forward`."""
@@ -56,8 +73,8 @@ class LoRABank(Bank):
     def lora_factors(self, weights_E: Tensor) -> tuple[Tensor, Tensor]:
         """Experts of non-zero weight side by side; see `Bank.lora_factors`."""
         used = weights_E.detach().nonzero()[:, 0].to(self.A.device)
-        weighted = self.B[used] * (weights_E.to(self.B)[used] * self.scale)[:, None, None]
-        return self.A[used].flatten(0, 1), weighted.permute(1, 0, 2).flatten(1)
+        weighted = self.B.detach()[used] * (weights_E.to(self.B)[used] * self.scale)[:, None, None]
+        return self.A.detach()[used].flatten(0, 1), weighted.permute(1, 0, 2).flatten(1)
 
     def linear(self, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, routing: Routing) -> Tensor | None:
         """Frozen linear and experts in one operator; None with active dropout, which only the experts' input gets."""
@@ -68,6 +85,35 @@ class LoRABank(Bank):
         ids_TK, plan = (None, None) if routing.is_dense else (routing.expert_ids_TK, routing.plan)
         weights_TK = routing.dense_TE() if routing.is_dense else routing.weights_TK
         return lora_linear(x_TD, weight_OD, bias_O, self.A, self.B, ids_TK, weights_TK, plan=plan, scale=self.scale)
+
+    @staticmethod
+    def linear_group(
+        banks: Sequence[Bank],
+        x_TD: Tensor,
+        weights_OD: Sequence[Tensor],
+        biases_O: Sequence[Tensor | None],
+        routing: Routing,
+    ) -> tuple[Tensor, ...] | None:
+        """All linears in one operator; None unless all banks are LoRA of one scale without active dropout."""
+        from moe_kit_kernels.lora_linear import lora_linear_group
+
+        first = banks[0]
+        for bank in banks:
+            if type(bank) is not LoRABank or bank.scale != first.scale or (bank.dropout is not None and bank.training):
+                return None
+        ids_TK, plan = (None, None) if routing.is_dense else (routing.expert_ids_TK, routing.plan)
+        weights_TK = routing.dense_TE() if routing.is_dense else routing.weights_TK
+        return lora_linear_group(
+            x_TD,
+            weights_OD,
+            biases_O,
+            [bank.A for bank in banks],
+            [bank.B for bank in banks],
+            ids_TK,
+            weights_TK,
+            plan=plan,
+            scale=first.scale,
+        )
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

@@ -42,6 +42,9 @@ class Routing:
         decision_T: int64 [T], decision of each token; None = one decision a token.
         mask_N: bool [N], False for decisions about padding; None = all real.
         base_weight_N: float32 [N], multiplies the frozen path; None = 1.
+        chance_NE: float32 [N, E], probability of being chosen under the router's own noise; None without noise.
+        computes_all: a bank computes every expert, though only `selected_NE` counts as chosen: weights of the others
+            are 0 in value but carry a gradient to the router (DenseMixer). Dense decisions only.
     """
 
     num_experts: int
@@ -56,6 +59,8 @@ class Routing:
     decision_T: Tensor | None = None
     mask_N: Tensor | None = None
     base_weight_N: Tensor | None = None
+    chance_NE: Tensor | None = None
+    computes_all: bool = False
 
     def __post_init__(self) -> None:
         sparse = self.sparse_ids_NK is not None and self.sparse_weights_NK is not None
@@ -73,8 +78,7 @@ class Routing:
     @property
     def num_decisions(self) -> int:
         """N."""
-        stored = self.full_weights_NE if self.is_dense else self.sparse_ids_NK
-        return stored.shape[0]
+        return self.weights_NK.shape[0]
 
     @cached_property
     def expert_ids_NK(self) -> Tensor:
@@ -87,7 +91,9 @@ class Routing:
     @property
     def weights_NK(self) -> Tensor:
         """float32 [N, K], 0 in empty slots."""
-        return self.full_weights_NE if self.is_dense else self.sparse_weights_NK
+        stored = self.full_weights_NE if self.is_dense else self.sparse_weights_NK
+        assert stored is not None
+        return stored
 
     def dense_NE(self) -> Tensor:
         """Weights as a full matrix, differentiable.
@@ -95,9 +101,9 @@ class Routing:
         Returns:
             float32 [N, E].
         """
-        if self.is_dense:
+        if self.full_weights_NE is not None:
             return self.full_weights_NE
-        ids_NK = self.sparse_ids_NK
+        ids_NK = self.expert_ids_NK
         slots_NK = torch.where(ids_NK < 0, self.num_experts, ids_NK)
         shape = (ids_NK.shape[0], self.num_experts + 1)
         full = self.sparse_weights_NK.new_zeros(shape).scatter_add(1, slots_NK, self.sparse_weights_NK)
@@ -105,16 +111,19 @@ class Routing:
 
     def chosen_NE(self) -> Tensor:
         """bool [N, E], experts in use, without regard to their weights; padding decisions included."""
-        if self.is_dense:
+        if self.selected_NE is not None:
             return self.selected_NE
-        ids_NK = self.sparse_ids_NK
+        ids_NK = self.expert_ids_NK
         slots_NK = torch.where(ids_NK < 0, self.num_experts, ids_NK)
         chosen = torch.zeros(ids_NK.shape[0], self.num_experts + 1, dtype=torch.bool, device=ids_NK.device)
         return chosen.scatter(1, slots_NK, True)[:, : self.num_experts]
 
     @cached_property
     def expert_ids_TK(self) -> Tensor:
-        """int64 [T, K], the decision of each token spread to the tokens."""
+        """int64 [T, K], the experts to compute: the decision of each token spread to the tokens."""
+        if self.computes_all:
+            tokens = self.weights_TK.shape[0]
+            return torch.arange(self.num_experts, device=self.weights_TK.device).expand(tokens, -1)
         return self.expert_ids_NK if self.decision_T is None else self.expert_ids_NK[self.decision_T]
 
     @cached_property

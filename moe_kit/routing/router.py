@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,11 @@ from moe_kit.errors import RoutingError
 from moe_kit.routing.balance import BalanceLoss
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.schedule import FreezeSchedule
 from moe_kit.routing.scope import Decisions, Scope, pool_mean
+from moe_kit.routing.score import NoisyLogits
 from moe_kit.routing.select import Selection
+from moe_kit.routing.step import StepState
 from moe_kit.routing.weight import Weight
 
 
@@ -38,7 +42,8 @@ class Router(nn.Module):
         weight: rule from logits and selection to weights.
         losses: name -> (coefficient, loss) of auxiliary losses for this router.
         detach_input: no gradient to `x`: a policy router is trained by its own estimator alone.
-        stepper: module that shifts the scores used for the choice and moves once an optimizer step.
+        stepper: state that shifts the scores used for the choice, or the losses, and moves once an optimizer step.
+        freeze_after: optimizer steps after which score and selection stay as they are; None = never.
 
     Attributes:
         site: name under which decisions are recorded and replayed; set by whoever owns the router.
@@ -56,7 +61,8 @@ class Router(nn.Module):
         weight: Weight,
         losses: dict[str, tuple[float, BalanceLoss]] | None = None,
         detach_input: bool = False,
-        stepper: nn.Module | None = None,
+        stepper: StepState | None = None,
+        freeze_after: int | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -64,6 +70,9 @@ class Router(nn.Module):
         self.score, self.select, self.stepper = score, select, stepper
         self.losses = dict(losses or {})
         self.detach_input = detach_input
+        self.freeze = None
+        if freeze_after is not None:
+            self.freeze = FreezeSchedule(freeze_after, [part for part in (score, select) if any(part.parameters())])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # logits, thresholds and balance biases stay float32 when a model is cast: bfloat16 loses a step of 1e-3
@@ -79,6 +88,41 @@ class Router(nn.Module):
     def is_policy(self) -> bool:
         """True if the choice is sampled and only a policy gradient trains this router."""
         return hasattr(self.select, "log_prob")
+
+    def coefficient(self, name: str) -> Tensor | float:
+        """Coefficient of an auxiliary loss, as its schedule or controller has it now.
+
+        Args:
+            name: a key of `losses`.
+        """
+        coefficient: Tensor | float = self.losses[name][0]
+        return coefficient if self.stepper is None else coefficient * self.stepper.loss_factor(name)
+
+    def constant_weights(self, task_id: int | None = None) -> Tensor | None:
+        """Weights of all experts, if they do not depend on the input.
+
+        Args:
+            task_id: row of a task table.
+
+        Returns:
+            float32 [E] as in evaluation, or None if the routing reads its input.
+
+        Raises:
+            RoutingError: if the task id is out of range.
+        """
+        if not hasattr(self.score, "constant_logits") or getattr(self.select, "reads_tokens", False):
+            return None
+        logits_1E = self.score.constant_logits(task_id)
+        if logits_1E is None:
+            return None
+        training = self.training
+        try:
+            self.eval()
+            scores = logits_1E if self.stepper is None else self.stepper.choice_scores(logits_1E)
+            selection = self.select(scores, Decisions(None), RoutingContext())
+            return self._routing(logits_1E, selection, Decisions(None)).dense_NE()[0].detach()
+        finally:
+            self.train(training)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Decide.
@@ -102,7 +146,7 @@ class Router(nn.Module):
     def _decide(self, x: Tensor, context: RoutingContext) -> Routing:
         x_BSD = as_rows(x.detach() if self.detach_input else x, context)
         decisions = self.scope.decisions(x_BSD, context)
-        logits_NE = self._logits(decisions)
+        logits_NE, noisy = self._logits(decisions)
         decisions = replace(decisions, x_ND=None) if decisions.pool_T is not None else decisions
         logits_NE = self._carried(x_BSD, logits_NE, context)
         if context.prior_BE is not None:
@@ -113,20 +157,36 @@ class Router(nn.Module):
         if isinstance(forced, Routing):
             routing = replace(forced, logits_NE=logits_NE)
         else:
-            selection = forced or self.select(scores_NE, decisions, context)
+            if forced is None:
+                selection = self.select(scores_NE, decisions, context)
+            elif hasattr(self.select, "replayed"):
+                selection = self.select.replayed(forced.ids_NK, scores_NE, decisions)
+            else:
+                selection = forced
             routing = self._routing(logits_NE, selection, decisions)
+        if noisy is not None:
+            routing = replace(routing, chance_NE=noisy.chosen_probability(routing.expert_ids_NK.shape[1]))
         context.routings[self.site] = routing
         if context.is_open:
             context.registered.append((self.site, routing, self))
+            if self.training:
+                for state in self._step_states:
+                    state.observe(routing)
         return routing
 
-    def _logits(self, decisions: Decisions) -> Tensor:
+    @property
+    def _step_states(self) -> list[StepState]:
+        return [part for part in (self.stepper, self.select, self.freeze) if isinstance(part, StepState)]
+
+    def _logits(self, decisions: Decisions) -> tuple[Tensor, NoisyLogits | None]:
         logits = self.score(decisions)
+        noisy = logits if isinstance(logits, NoisyLogits) else None
+        logits = logits if noisy is None else noisy.values_NE
         if decisions.pool_T is None:
-            return logits
+            return logits, noisy
         values = logits if self.scope.pool == "logits" else logits.softmax(-1)
         pooled = pool_mean(values, decisions.decision_T, decisions.num_sequences, decisions.pool_T)
-        return pooled if self.scope.pool == "logits" else pooled.clamp_min(1e-20).log()
+        return (pooled if self.scope.pool == "logits" else pooled.clamp_min(1e-20).log()), None
 
     def _carried(self, x_BSD: Tensor, logits_NE: Tensor, context: RoutingContext) -> Tensor:
         """Logits of the prompt while decoding: a decision about a sequence is made once and then obeyed."""
@@ -161,6 +221,11 @@ class Router(nn.Module):
                 ids_NK = rows_BK[row_of_decision(x_BSD, decisions)]
             elif context.forced_weights_BE is not None:
                 rows_BE = context.rows(context.forced_weights_BE, x_BSD.shape[0], "forced weights").to(x_BSD.device)
+                if rows_BE.shape[1] != self.num_experts:
+                    raise RoutingError(
+                        f"the forced weights have {rows_BE.shape[1]} experts, {self.site} has {self.num_experts}: "
+                        "name the sites that they are meant for."
+                    )
                 weights_NE = rows_BE[row_of_decision(x_BSD, decisions)].float()
                 return self._wrap(decisions, selected_NE=weights_NE != 0, full_weights_NE=weights_NE)
         if ids_NK is None:
@@ -170,6 +235,9 @@ class Router(nn.Module):
 
     def _routing(self, logits_NE: Tensor, selection: Selection, decisions: Decisions) -> Routing:
         weights = self.weight(logits_NE, selection, self.training)
+        computes_all = getattr(self.weight, "computes_all", False)
+        if computes_all:
+            selection = Selection(selected_NE=selection.chosen_NE(self.num_experts), log_prob_N=selection.log_prob_N)
         log_prob_N = selection.log_prob_N
         if log_prob_N is None and self.training and self.is_policy and selection.ids_NK is not None:
             log_prob_N = self.select.log_prob(logits_NE, selection.ids_NK)
@@ -178,9 +246,9 @@ class Router(nn.Module):
             if selection.ids_NK is not None
             else {"selected_NE": selection.selected_NE, "full_weights_NE": weights}
         )
-        return self._wrap(decisions, logits_NE=logits_NE, log_prob_N=log_prob_N, **stored)
+        return self._wrap(decisions, logits_NE=logits_NE, log_prob_N=log_prob_N, computes_all=computes_all, **stored)
 
-    def _wrap(self, decisions: Decisions, **stored: Tensor | None) -> Routing:
+    def _wrap(self, decisions: Decisions, **stored: Any) -> Routing:
         return Routing(
             num_experts=self.num_experts,
             sequence_N=decisions.sequence_N,

@@ -5,10 +5,14 @@ Shapes: N decisions, D model width, E experts.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.routing.scope import Decisions
 
 
@@ -20,12 +24,16 @@ class LinearScore(nn.Module):
         num_experts: E.
         init_std: standard deviation of the normal initialisation; 0 starts from equal scores.
         bias: adds a bias [E].
+        jitter: in training, multiply the input by noise uniform in [1 - jitter, 1 + jitter] (Switch: 0.01).
 
     Source: the token-choice gate of Switch, arXiv 2101.03961; ReMix uses the same matrix, arXiv 2603.10160.
     """
 
-    def __init__(self, width: int, num_experts: int, *, init_std: float = 0.02, bias: bool = False) -> None:
+    def __init__(
+        self, width: int, num_experts: int, *, init_std: float = 0.02, bias: bool = False, jitter: float = 0.0
+    ) -> None:
         super().__init__()
+        self.jitter = jitter
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
         nn.init.normal_(self.weight, std=init_std) if init_std else nn.init.zeros_(self.weight)
@@ -35,7 +43,179 @@ class LinearScore(nn.Module):
         bias = None if self.bias is None else self.bias.float()
         # autocast would run this in half precision
         with torch.autocast(decisions.x_ND.device.type, enabled=False):
-            return F.linear(decisions.x_ND.float(), self.weight.float(), bias)
+            x_ND = decisions.x_ND.float()
+            if self.jitter and self.training:
+                x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
+            return F.linear(x_ND, self.weight.float(), bias)
+
+
+@dataclass(frozen=True)
+class NoisyLogits:
+    """Logits with the noise of this pass, and what the noise is about.
+
+    Attributes:
+        values_NE: float32 [N, E], noisy; choice and weights are made from these.
+        clean_NE: float32 [N, E], without the noise.
+        std_NE: float32 [N, E], standard deviation of the noise.
+    """
+
+    values_NE: Tensor
+    clean_NE: Tensor
+    std_NE: Tensor
+
+    def chosen_probability(self, k: int) -> Tensor:
+        """Probability that each expert is among the k best if its own noise is drawn again.
+
+        Phi((clean_e - k-th best of the others) / std_e), differentiable: the smooth load.
+
+        Args:
+            k: experts chosen.
+
+        Returns:
+            float32 [N, E].
+        """
+        experts = self.values_NE.shape[-1]
+        if k >= experts:
+            return torch.ones_like(self.values_NE)
+        best = self.values_NE.sort(dim=-1, descending=True, stable=True).values
+        kth, next_one = best[:, k - 1 : k], best[:, k : k + 1]
+        # without an expert that is among the k best, the k-th of the rest is the (k+1)-th of all
+        others = torch.where(self.values_NE >= kth, next_one, kth)
+        return torch.special.ndtr((self.clean_NE - others) / self.std_NE)
+
+
+class NoisyLinearScore(nn.Module):
+    """`x W^T + noise softplus(x V^T)` in training, `x W^T` in evaluation; both matrices start at 0.
+
+    Args:
+        width: D.
+        num_experts: E.
+        min_std: least standard deviation of the noise.
+
+    Source: noisy top-k gating, arXiv 1701.06538.
+    """
+
+    def __init__(self, width: int, num_experts: int, *, min_std: float = 1e-2) -> None:
+        super().__init__()
+        self.min_std = min_std
+        self.weight = nn.Parameter(torch.zeros(num_experts, width))
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, width))
+
+    def forward(self, decisions: Decisions) -> Tensor | NoisyLogits:
+        """Logits, float32 [N, E], with their noise in training."""
+        with torch.autocast(decisions.x_ND.device.type, enabled=False):
+            x_ND = decisions.x_ND.float()
+            clean = F.linear(x_ND, self.weight.float())
+            if not self.training:
+                return clean
+            std = F.softplus(F.linear(x_ND, self.noise_weight.float())) + self.min_std
+            return NoisyLogits(clean + torch.randn_like(clean) * std, clean, std)
+
+
+class PrototypeScore(nn.Module):
+    """Likeness of the input to one prototype an expert.
+
+    Args:
+        width: D.
+        num_experts: E.
+        metric: "dot" (x.p), "layer_norm" (LN(x).LN(p) / sqrt D, no affine), "cosine", or "absolute" (|x.p|).
+        temperature: divides the likeness.
+        prototypes_ED: start values; None draws them normal with standard deviation 1/sqrt(D).
+        trainable: False keeps them as a saved buffer.
+
+    Source: LayerNorm form: PHATGOOSE as used by GLIDER, arXiv 2410.07172; absolute form: Arrow, arXiv 2405.11157.
+    """
+
+    METRICS = ("dot", "layer_norm", "cosine", "absolute")
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        metric: str = "cosine",
+        temperature: float = 1.0,
+        prototypes_ED: Tensor | None = None,
+        trainable: bool = True,
+    ) -> None:
+        super().__init__()
+        if metric not in self.METRICS:
+            raise ConfigError(f"metric is {metric!r}, expected one of {', '.join(self.METRICS)}.")
+        self.metric, self.temperature = metric, temperature
+        values = torch.randn(num_experts, width) / math.sqrt(width) if prototypes_ED is None else prototypes_ED.clone()
+        if trainable:
+            self.prototypes = nn.Parameter(values)
+        else:
+            self.register_buffer("prototypes", values)
+
+    def forward(self, decisions: Decisions) -> Tensor:
+        """Logits, float32 [N, E]."""
+        with torch.autocast(decisions.x_ND.device.type, enabled=False):
+            x_ND, p_ED = decisions.x_ND.float(), self.prototypes.float()
+            if self.metric == "cosine":
+                likeness = F.normalize(x_ND, dim=-1) @ F.normalize(p_ED, dim=-1).T
+            elif self.metric == "layer_norm":
+                width = x_ND.shape[-1:]
+                likeness = F.layer_norm(x_ND, width) @ F.layer_norm(p_ED, width).T / math.sqrt(width[0])
+            else:
+                likeness = x_ND @ p_ED.T
+            return (likeness.abs() if self.metric == "absolute" else likeness) / self.temperature
+
+
+class FrozenSparseScore(nn.Module):
+    """`logits = A x` with a frozen random A of p non-zeros a row: projection and router in one.
+
+    The rows of A are the experts' own down projections, so no router is trained.
+
+    Args:
+        width: D.
+        num_experts: E, the rank of the whole adapter.
+        density: share of non-zeros in a row; FlyLoRA uses k / E.
+        seed: of A; None draws from torch's default generator. Adapters that are to be merged by factors share a seed,
+            those merged by weight differences want different ones.
+
+    Attributes:
+        A: float32 buffer [E, D], entries N(0, 1/E^2), saved.
+
+    Source: FlyLoRA, arXiv 2510.08396.
+    """
+
+    A: Tensor
+
+    def __init__(self, width: int, num_experts: int, *, density: float = 0.25, seed: int | None = None) -> None:
+        super().__init__()
+        if not 0 < density <= 1:
+            raise ConfigError(f"density is {density}, expected a value in (0, 1].")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        filled = max(1, round(density * width))
+        places = torch.rand(num_experts, width, generator=generator).argsort(-1)[:, :filled]
+        values = torch.randn(num_experts, filled, generator=generator) / num_experts
+        self.register_buffer("A", torch.zeros(num_experts, width).scatter(1, places, values))
+
+    def forward(self, decisions: Decisions) -> Tensor:
+        """A x, float32 [N, E]."""
+        with torch.autocast(decisions.x_ND.device.type, enabled=False):
+            return F.linear(decisions.x_ND.float(), self.A.float())
+
+
+class UniformScore(nn.Module):
+    """Equal logits for all experts, whatever the input: routing is constant.
+
+    Args:
+        num_experts: E.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, decisions: Decisions) -> Tensor:
+        """Zeros, float32 [N, E]."""
+        return decisions.x_ND.new_zeros(decisions.x_ND.shape[0], self.num_experts, dtype=torch.float32)
+
+    def constant_logits(self, task_id: int | None) -> Tensor:
+        """Zeros [1, E]."""
+        return torch.zeros(1, self.num_experts)
 
 
 class MLPScore(nn.Module):
@@ -84,3 +264,15 @@ class TaskTableScore(nn.Module):
     def forward(self, decisions: Decisions) -> Tensor:
         """Logits, float32 [N, E]."""
         return self.weight.float()[decisions.task_ids_N]
+
+    def constant_logits(self, task_id: int | None) -> Tensor | None:
+        """The row of a task [1, E]; the only row if there is one task; None if no task is named.
+
+        Args:
+            task_id: task, or None.
+        """
+        if task_id is None:
+            return self.weight.float() if self.weight.shape[0] == 1 else None
+        if not 0 <= task_id < self.weight.shape[0]:
+            raise RoutingError(f"task id {task_id} is out of range, expected 0 to {self.weight.shape[0] - 1}.")
+        return self.weight.float()[task_id : task_id + 1]

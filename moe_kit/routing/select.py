@@ -26,13 +26,36 @@ class Selection:
         ids_NK: int64 [N, K], -1 for an empty slot.
         selected_NE: bool [N, E].
         log_prob_N: float32 [N], if the choice was sampled.
-        threshold_N1: float32 [N, 1], subtracted from the scores by a threshold selection.
+        threshold_N1: float32 [N, 1], subtracted from the probabilities by a learned threshold.
+        considered_NK: int64 [N, K], the choices before some were dropped; weights are normalised over these.
+        scores_NE: float32 [N, E], logits with the noise of this choice, for weights that must see the same noise.
     """
 
     ids_NK: Tensor | None = None
     selected_NE: Tensor | None = None
     log_prob_N: Tensor | None = None
     threshold_N1: Tensor | None = None
+    considered_NK: Tensor | None = None
+    scores_NE: Tensor | None = None
+
+    def chosen_NE(self, num_experts: int) -> Tensor:
+        """bool [N, E], the chosen experts of either form.
+
+        Args:
+            num_experts: E.
+        """
+        if self.ids_NK is None:
+            assert self.selected_NE is not None
+            return self.selected_NE
+        slots_NK = torch.where(self.ids_NK < 0, num_experts, self.ids_NK)
+        chosen = torch.zeros(self.ids_NK.shape[0], num_experts + 1, dtype=torch.bool, device=self.ids_NK.device)
+        return chosen.scatter(1, slots_NK, True)[:, :num_experts]
+
+
+def gumbel_like(scores: Tensor) -> Tensor:
+    """Standard Gumbel noise from torch's default generator, finite."""
+    uniform = torch.rand_like(scores).clamp_(1e-20, 1 - 1e-7)
+    return -(-uniform.log()).log()
 
 
 def stable_top_k(scores_NE: Tensor, k: int) -> Tensor:
@@ -64,25 +87,38 @@ class SelectTopK(nn.Module):
         absolute: compare magnitudes instead of signed scores.
         num_groups: experts lie in this many equal groups; 1 = no groups.
         groups_kept: groups kept; a group is worth the sum of its two best scores.
+        gumbel: add Gumbel noise in training; weights see the same noise (straight-through Gumbel).
 
     Source: group limit, DeepSeek-V3, arXiv 2412.19437 (dropped groups are masked with -inf, never with 0).
     """
 
-    def __init__(self, k: int, *, absolute: bool = False, num_groups: int = 1, groups_kept: int = 1) -> None:
+    def __init__(
+        self, k: int, *, absolute: bool = False, num_groups: int = 1, groups_kept: int = 1, gumbel: bool = False
+    ) -> None:
         super().__init__()
         if not 1 <= groups_kept <= num_groups:
             raise ConfigError(f"groups_kept is {groups_kept}, expected 1 to num_groups = {num_groups}.")
         self.k, self.absolute, self.num_groups, self.groups_kept = k, absolute, num_groups, groups_kept
+        self.gumbel = gumbel
 
     def forward(self, scores_NE: Tensor, decisions: Decisions, context: RoutingContext) -> Selection:
         """Sparse selection, best first."""
+        noisy_NE = scores_NE + gumbel_like(scores_NE) if self.gumbel and self.training else None
+        scores_NE = scores_NE if noisy_NE is None else noisy_NE.detach()
         scores_NE = scores_NE.abs() if self.absolute else scores_NE
         if self.num_groups > 1:
+            if scores_NE.shape[-1] % self.num_groups:
+                raise ConfigError(f"{scores_NE.shape[-1]} experts do not fall into {self.num_groups} equal groups.")
             grouped = scores_NE.unflatten(-1, (self.num_groups, -1))
             worth = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
             kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, stable_top_k(worth, self.groups_kept), True)
             scores_NE = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
-        return Selection(ids_NK=stable_top_k(scores_NE, self.k))
+        return Selection(ids_NK=stable_top_k(scores_NE, self.k), scores_NE=noisy_NE)
+
+    def replayed(self, ids_NK: Tensor, scores_NE: Tensor, decisions: Decisions) -> Selection:
+        """Given experts; Gumbel noise is drawn as if they had been chosen here."""
+        noisy = scores_NE + gumbel_like(scores_NE) if self.gumbel and self.training else None
+        return Selection(ids_NK=ids_NK, scores_NE=noisy)
 
 
 class SelectSampleK(nn.Module):
@@ -110,7 +146,5 @@ class SelectSampleK(nn.Module):
         """Sparse selection in the order drawn, with its log-probability in training."""
         if not self.training:
             return Selection(ids_NK=stable_top_k(scores_NE, self.k))
-        uniform = torch.rand_like(scores_NE).clamp_(1e-20, 1 - 1e-7)
-        gumbel = -(-uniform.log()).log()
-        ids_NK = stable_top_k(scores_NE.detach() + gumbel, self.k)
+        ids_NK = stable_top_k(scores_NE.detach() + gumbel_like(scores_NE), self.k)
         return Selection(ids_NK=ids_NK, log_prob_N=self.log_prob(scores_NE, ids_NK))

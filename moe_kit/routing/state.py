@@ -61,12 +61,16 @@ class ModelRouting:
 
     def total_loss(self) -> Tensor | None:
         """Sum of coefficient times loss over the last forward, or None if no router has a loss."""
-        coefficients = {
-            name: coefficient
-            for _, _, router in self.context.registered
-            for name, (coefficient, _) in router.losses.items()
-        }
-        terms = [coefficients[name] * loss for name, loss in self.context.closed_losses.items() if coefficients[name]]
+        coefficients: dict[str, Tensor | float] = {}
+        for _, _, router in self.context.registered:
+            for name in router.losses:
+                if name not in coefficients:
+                    coefficients[name] = router.coefficient(name)
+        terms = [
+            coefficients[name] * loss
+            for name, loss in self.context.closed_losses.items()
+            if isinstance(coefficients[name], Tensor) or coefficients[name]
+        ]
         return torch.stack(terms).sum() if terms else None
 
 

@@ -8,7 +8,9 @@ Shapes: N decisions, E experts, K slots.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -56,6 +58,11 @@ class SelectedSoftmaxWeight:
 
     def __call__(self, logits_NE: Tensor, selection: Selection, training: bool) -> Tensor:
         """Weights that sum to 1, or to 0 where nothing was chosen."""
+        if selection.considered_NK is not None:
+            # normalised before some choices were dropped
+            assert selection.ids_NK is not None
+            total = logits_NE.gather(-1, selection.considered_NK).logsumexp(-1, keepdim=True)
+            return at_selection((logits_NE - total).exp(), selection)
         if selection.ids_NK is None:
             chosen = selection.selected_NE
             values = logits_NE.masked_fill(~chosen, float("-inf"))
@@ -110,3 +117,139 @@ class RawWeight:
     def __call__(self, logits_NE: Tensor, selection: Selection, training: bool) -> Tensor:
         """The logits at the chosen experts."""
         return at_selection(logits_NE, selection)
+
+
+@dataclass(frozen=True)
+class ReLUWeight:
+    """`max(logit, 0)` (ReMoE)."""
+
+    def __call__(self, logits_NE: Tensor, selection: Selection, training: bool) -> Tensor:
+        """Weights of 0 or more."""
+        return at_selection(logits_NE.relu(), selection)
+
+
+@dataclass(frozen=True)
+class RelaxedBernoulliWeight:
+    """A relaxed coin for each expert, normalised within groups of experts.
+
+        z = sigmoid((logit + log u - log(1 - u)) / temperature) in training, sigmoid(logit) in evaluation
+        w = z / (sum of z in the group + epsilon)
+
+    Attributes:
+        groups: experts lie in this many equal groups (heads of a split bank), each normalised on its own.
+        temperature: of the relaxation.
+        sample: draw in training; False uses sigmoid(logit) there too.
+
+    Source: Poly, arXiv 2202.13914; MHR, arXiv 2211.03831.
+    """
+
+    groups: int = 1
+    temperature: float = 1.0
+    sample: bool = True
+
+    def __call__(self, logits_NE: Tensor, selection: Selection, training: bool) -> Tensor:
+        """Weights that sum to 1 in each group."""
+        if training and self.sample:
+            uniform = torch.rand_like(logits_NE).clamp_(1e-7, 1 - 1e-7)
+            coins = torch.sigmoid((logits_NE + uniform.log() - (-uniform).log1p()) / self.temperature)
+        else:
+            coins = logits_NE.sigmoid()
+        chosen = selection.chosen_NE(logits_NE.shape[-1])
+        grouped = torch.where(chosen, coins, 0.0).unflatten(-1, (self.groups, -1))
+        weights = grouped / (grouped.sum(-1, keepdim=True) + 1e-12)
+        return at_selection(weights.flatten(-2), selection)
+
+
+@dataclass(frozen=True)
+class StraightThroughWeight:
+    """Value 1 at the chosen, gradient of the softmax: `1 + p - stop_gradient(p)`.
+
+    With `select_options={"gumbel": True}` the softmax sees the Gumbel noise of the choice: straight-through Gumbel.
+
+    Attributes:
+        temperature: of the softmax.
+    """
+
+    temperature: float = 1.0
+
+    def __call__(self, logits_NE: Tensor, selection: Selection, training: bool) -> Tensor:
+        """Weights of exactly 1 in value."""
+        scores = logits_NE if selection.scores_NE is None else selection.scores_NE
+        soft = (scores / self.temperature).softmax(-1)
+        # grouped so that the value is 1 exactly
+        return at_selection(1 + (soft - soft.detach()), selection)
+
+
+@dataclass(frozen=True)
+class CountScaledSoftmaxWeight:
+    """Softmax over the chosen, times `lambda(m)`, m the number of chosen experts.
+
+        lambda(m) = E_z[ sqrt(shared) / norm( renormalised first m of softmax(z) ) ],  z ~ N(0, I_E)
+
+    It offsets that an average of m outputs shrinks with m.
+
+    Attributes:
+        num_experts: E.
+        shared: number of shared experts beside the routed ones; 1 makes lambda(1) = 1.
+
+    Source: EC-DLM, arXiv 2604.01622 (10 000 draws, fixed seed).
+    """
+
+    num_experts: int
+    shared: int = 1
+
+    def __call__(self, logits_NE: Tensor, selection: Selection, training: bool) -> Tensor:
+        """Weights that sum to lambda(m), or to 0 where nothing was chosen."""
+        weights = SelectedSoftmaxWeight()(logits_NE, selection, training)
+        count = selection.chosen_NE(self.num_experts).sum(-1, keepdim=True)
+        table = torch.tensor(count_scale(self.num_experts, self.shared), device=weights.device)
+        return weights * table[count]
+
+
+@lru_cache(maxsize=64)
+def count_scale(num_experts: int, shared: int) -> tuple[float, ...]:
+    """lambda(m) for m = 0 .. E, by Monte Carlo with its own seed.
+
+    Args:
+        num_experts: E.
+        shared: number of shared experts.
+
+    Returns:
+        E + 1 floats; lambda(0) = 1.
+    """
+    # a private generator is safe here: nothing of this is drawn in a forward pass
+    draws = torch.randn(10_000, num_experts, generator=torch.Generator().manual_seed(42)).softmax(-1)
+    norms = draws.square().cumsum(-1).sqrt() / draws.cumsum(-1)
+    scales = (math.sqrt(shared) / norms).mean(0)
+    return (1.0, *scales.tolist())
+
+
+@dataclass(frozen=True)
+class DenseMixerWeight:
+    """Value of a sparse softmax mixture, gradient to the router as if every expert had been used.
+
+        without renormalisation   w = p m + (1 - m) (p - sg(p))
+        with                      w = p m / Z + (1 - m) (p - sg(p)) / sg(Z),   Z = sum of p over the chosen
+
+    m marks the chosen. The weights of the others are 0 in value, so their experts get no gradient; the bank computes
+    all experts.
+
+    Attributes:
+        renormalise: divide by the sum over the chosen.
+
+    Source: DenseMixer, github.com/yaof20/DenseMixer.
+    """
+
+    renormalise: bool = True
+    computes_all = True
+
+    def __call__(self, logits_NE: Tensor, selection: Selection, training: bool) -> Tensor:
+        """float32 [N, E], 0 in value where not chosen."""
+        probability = logits_NE.softmax(-1)
+        chosen = selection.chosen_NE(logits_NE.shape[-1])
+        used = torch.where(chosen, probability, 0.0)
+        ghost = torch.where(chosen, 0.0, probability - probability.detach())
+        if not self.renormalise:
+            return used + ghost
+        total = used.sum(-1, keepdim=True).clamp_min(1e-20)
+        return used / total + ghost / total.detach()
