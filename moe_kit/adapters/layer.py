@@ -8,6 +8,7 @@ Shapes: T tokens, D width in, O width out.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -19,8 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.parts import build_bank, build_router, sizes_of
 from moe_kit.errors import RoutingError
+from moe_kit.hf.hooks import HookedRouting
+from moe_kit.hf.sharing import reads_encoder
+from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.decision import Routing
-from moe_kit.routing.state import ModelRouting
 
 
 class RoutedLayer(nn.Module, BaseTunerLayer):
@@ -35,7 +38,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("moe_adapter_bank", "moe_adapter_router")
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, state: ModelRouting, path: str) -> None:
+    def __init__(self, base_layer: nn.Module, state: HookedRouting, path: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.moe_adapter_bank = nn.ModuleDict()
@@ -47,6 +50,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         # adapter -> the layer that holds the group's router; plain, so that it is neither saved nor moved twice
         self.owners: dict[str, RoutedLayer] = {}
         self.shares_any_input: dict[str, bool] = {}
+        self.reads_encoder = reads_encoder(path)
         self.width_in, self.width_out = linear_widths(self.get_base_layer())
 
     def update_layer(
@@ -67,6 +71,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if owner is None:
             router = build_router(config, sizes)
             router.site = f"{self.path}.{adapter_name}"
+            self.state.carries |= getattr(router.scope, "outlives_forward", False)
             self.moe_adapter_router[adapter_name] = router
         elif owner.moe_adapter_router[adapter_name].num_experts != sizes.slots:
             raise RoutingError(
@@ -120,20 +125,55 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         Raises:
             RoutingError: if a router shared by a block or the model has not decided yet.
         """
-        owner, context = self.owners[adapter_name], self.state.context
+        owner, context = self.owners[adapter_name], self._context(x)
         router = owner.moe_adapter_router[adapter_name]
         if self.shares_any_input[adapter_name]:
             if owner is self:
-                return router(x, context)
+                return router(self._rows(x, context), context)
             if router.site not in context.routings:
                 raise RoutingError(f"{self.path} shares the router of {owner.path}, which has not run in this pass.")
             return context.routings[router.site]
         cached = context.shared.get(router.site)
         if cached is not None and cached[0]() is x:
             return cached[1]
-        routing = router(x, context)
+        routing = router(self._rows(x, context), context)
         context.shared[router.site] = (_reference(x), routing)
         return routing
+
+    def _context(self, x: Tensor) -> RoutingContext:
+        """Context of the tokens that this layer sees: the encoder's, the decoder's, or one token a row."""
+        context = self.state.context
+        if self.reads_encoder and self.state.encoder_context is not None:
+            context = self.state.encoder_context
+        shape = context.shape_BS
+        if x.dim() == 2 and shape is not None and shape[1] > 1 and x.shape[0] == shape[0]:
+            # a pooled state (BERT's pooler) is one token of each row, whichever that is
+            return dataclasses.replace(
+                context,
+                shape_BS=(shape[0], 1),
+                mask_BS=None,
+                prompt_mask_BS=None,
+                sequence_BS=None,
+                num_sequences=None,
+            )
+        return context
+
+    def _rows(self, x: Tensor, context: RoutingContext) -> Tensor:
+        """The rows of a flattened input again: a feed-forward block may hand its linears [T, D]."""
+        shape = context.shape_BS
+        if x.dim() == 2 and shape is not None and x.shape[0] == shape[0] * shape[1]:
+            return x.view(*shape, x.shape[-1])
+        return x
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with its router.
+
+        Args:
+            adapter_name: its name.
+        """
+        super().delete_adapter(adapter_name)
+        self.owners.pop(adapter_name, None)
+        self.shares_any_input.pop(adapter_name, None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active mixtures.

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, NoMatchingPeftModuleError
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 
 from moe_kit.adapters.config import RoutedAdapterConfig
+from moe_kit.adapters.external import fill_experts, read_adapters
 from moe_kit.adapters.layer import RoutedLayer
+from moe_kit.adapters.targets import ALL_LINEAR, all_linears, describe, nothing_matched
+from moe_kit.errors import CheckpointError, ConfigError
+from moe_kit.hf.delivery import announce
 from moe_kit.hf.hooks import attach, detach
 from moe_kit.hf.registration import register
 from moe_kit.hf.sharing import router_group
 from moe_kit.routing.step import track
+
+logger = logging.getLogger(__name__)
 
 _CONTAINER = re.compile(r"\.(moe_adapter_bank|moe_adapter_router)\.")
 
@@ -29,14 +37,50 @@ class RoutedAdapterModel(BaseTuner):
     tuner_layer_cls = RoutedLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _pre_injection_hook(self, model: nn.Module, config: RoutedAdapterConfig, adapter_name: str) -> None:
-        attach(model)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; see PEFT's `BaseTuner.inject_adapter`.
+
+        Args:
+            model: the inner model.
+            adapter_name: name of the adapter.
+            *args: as for PEFT.
+            **kwargs: as for PEFT.
+
+        Raises:
+            ConfigError: if no linear matches, or the configuration does not fit the other adapters.
+        """
+        config = self.peft_config[adapter_name]
+        imported = read_adapters(config)
+        config.check_model(model)
+        self._check_balance_scope(config, adapter_name)
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+            config.target_modules = all_linears(model, config)
+            # the paths name the layers already
+            config.layers_to_transform = config.layers_pattern = None
+            logger.info("%s adapts %s", adapter_name, describe(config.target_modules))
+        state = attach(model)
         track(model)
         # routers of this adapter by sharing group, filled as linears are visited
         self.__dict__.setdefault("_router_owners", {})[adapter_name] = {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            if not _is_routed(model):
+                detach(model)
+            raise nothing_matched(model, config) from error
+        state.balances_globally = config.balance_scope == "global"
+        if config.losses:
+            announce(model)
+        if imported:
+            fill_experts(model, adapter_name, config, imported)
 
-    def _prepare_model(self, peft_config: RoutedAdapterConfig, model: nn.Module) -> None:
-        peft_config.check_model(model)
+    def _check_balance_scope(self, config: RoutedAdapterConfig, adapter_name: str) -> None:
+        for name, other in self.peft_config.items():
+            if name != adapter_name and getattr(other, "balance_scope", config.balance_scope) != config.balance_scope:
+                raise ConfigError(
+                    f"balance_scope of {adapter_name!r} is {config.balance_scope!r}, but {name!r} on the same model has "
+                    f"{other.balance_scope!r}: give both the same."
+                )
 
     def _create_and_replace(
         self,
@@ -67,9 +111,17 @@ class RoutedAdapterModel(BaseTuner):
             The base model as it was.
         """
         model = super().unload()
-        if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        if not _is_routed(model):
             detach(model)
         return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: RoutedAdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_state(model, adapter_name, remapped)
+        return remapped
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -79,6 +131,46 @@ class RoutedAdapterModel(BaseTuner):
             return super()._remove_adapter_name_from_key(key, adapter_name)
         head, tail = key[: match.end()], key[match.end() :]
         return head + tail.removeprefix(adapter_name + ".")
+
+
+def _is_routed(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def check_state(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not those of this adapter on this model; loading would skip them in silence.
+
+    Args:
+        model: the model with the adapter in place.
+        adapter_name: name of the adapter.
+        state: weights by their name in the model.
+
+    Raises:
+        CheckpointError: if weights are missing, foreign, or of other sizes.
+    """
+    own = {
+        name: value
+        for name, value in model.state_dict().items()
+        if (match := _CONTAINER.search(name)) and name[match.end() :].startswith(adapter_name + ".")
+    }
+    missing = sorted(own.keys() - state.keys())
+    foreign = sorted(name for name in state.keys() - own.keys() if ".moe_adapter_" in name or ".lora_" in name)
+    other = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if not (missing or foreign or other):
+        return
+    what = []
+    if missing:
+        what.append(f"lacks {len(missing)} of {len(own)} weights (first: {missing[0]})")
+    if foreign:
+        what.append(f"has {len(foreign)} that the model has not (first: {foreign[0]})")
+    if other:
+        name = min(other)
+        sizes = f"{list(state[name].shape)}, expected {list(own[name].shape)}"
+        what.append(f"has {len(other)} of other sizes (first: {name} is {sizes})")
+    raise CheckpointError(
+        f"the file of adapter {adapter_name!r} does not fit this {type(model).__name__}: it {'; '.join(what)}. It belongs "
+        "to another base model or another configuration, or was cut off: load it on the base it was trained on."
+    )
 
 
 register("MOE_ADAPTER", RoutedAdapterConfig, RoutedAdapterModel)
