@@ -50,6 +50,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         # adapter -> the layer that holds the group's router; plain, so that it is neither saved nor moved twice
         self.owners: dict[str, RoutedLayer] = {}
         self.shares_any_input: dict[str, bool] = {}
+        # adapter -> all linears that share its router and its input, this one included
+        self.siblings: dict[str, list[RoutedLayer]] = {}
         self.reads_encoder = reads_encoder(path)
         self.width_in, self.width_out = linear_widths(self.get_base_layer())
 
@@ -68,6 +70,9 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.moe_adapter_bank[adapter_name] = build_bank(config, sizes)
         self.owners[adapter_name] = owner or self
         self.shares_any_input[adapter_name] = config.router_sharing in ("block", "model")
+        siblings = [] if owner is None or config.router_sharing != "input" else owner.siblings[adapter_name]
+        siblings.append(self)
+        self.siblings[adapter_name] = siblings
         if owner is None:
             router = build_router(config, sizes)
             router.site = f"{self.path}.{adapter_name}"
@@ -137,7 +142,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         if cached is not None and cached[0]() is x:
             return cached[1]
         routing = router(self._rows(x, context), context)
-        context.shared[router.site] = (_reference(x), routing)
+        context.shared[router.site] = (_reference(x), routing, {})
         return routing
 
     def _context(self, x: Tensor) -> RoutingContext:
@@ -174,6 +179,9 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.owners.pop(adapter_name, None)
         self.shares_any_input.pop(adapter_name, None)
+        siblings = self.siblings.pop(adapter_name, [])
+        if self in siblings:
+            siblings.remove(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active mixtures.
@@ -204,15 +212,49 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
 
     def _fused(self, name: str, x: Tensor, x_TD: Tensor) -> Tensor | None:
-        """Base and mixture in one operator, for a plain frozen linear."""
-        base, bank = self.base_layer, self.moe_adapter_bank[name]
-        # hooks on the base layer must still fire, so a hooked one takes the plain path
-        if type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks or base.weight.requires_grad:
+        """Base and mixture in one operator, for plain frozen linears; siblings are computed along with the first."""
+        if not self._is_plain():
             return None
         routing = self.routing(name, x)
         if routing.base_weight_N is not None:
             return None
-        return bank.linear(x_TD, base.weight, base.bias, routing)
+        bank = self.moe_adapter_bank[name]
+        layers = [layer for layer in self.siblings[name] if layer is self or layer._joins(name, self)]
+        if len(layers) == 1:
+            return bank.linear(x_TD, self.base_layer.weight, self.base_layer.bias, routing)
+        outputs = self._context(x).shared[self.owners[name].moe_adapter_router[name].site][2]
+        if self.path in outputs:
+            return outputs.pop(self.path)
+        bases = [layer.base_layer for layer in layers]
+        banks = [layer.moe_adapter_bank[name] for layer in layers]
+        results = bank.linear_group(banks, x_TD, [b.weight for b in bases], [b.bias for b in bases], routing)
+        if results is None:
+            return bank.linear(x_TD, self.base_layer.weight, self.base_layer.bias, routing)
+        outputs.update({layer.path: result for layer, result in zip(layers, results, strict=True)})
+        return outputs.pop(self.path)
+
+    def _is_plain(self) -> bool:
+        # hooks on the base layer must still fire, so a hooked one takes the plain path
+        base = self.base_layer
+        return not (
+            type(base) is not nn.Linear
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or base.weight.requires_grad
+            or "forward" in base.__dict__
+        )
+
+    def _joins(self, name: str, first: RoutedLayer) -> bool:
+        """Whether this layer's output may be computed together with a sibling's."""
+        return (
+            name in self.moe_adapter_bank
+            and not self._disable_adapters
+            and self._is_plain()
+            and not self._forward_pre_hooks
+            and self.active_adapters == first.active_adapters
+            and self.base_layer.weight.device == first.base_layer.weight.device
+            and self.training == first.training
+        )
 
     def __repr__(self) -> str:
         return "moe_adapter." + super().__repr__()

@@ -27,6 +27,7 @@ class Selection:
         selected_NE: bool [N, E].
         log_prob_N: float32 [N], if the choice was sampled.
         threshold_N1: float32 [N, 1], subtracted from the probabilities by a learned threshold.
+        is_full: every slot of `ids_NK` holds an expert.
         considered_NK: int64 [N, K], the choices before some were dropped; weights are normalised over these.
         scores_NE: float32 [N, E], logits with the noise of this choice, for weights that must see the same noise.
     """
@@ -37,6 +38,7 @@ class Selection:
     threshold_N1: Tensor | None = None
     considered_NK: Tensor | None = None
     scores_NE: Tensor | None = None
+    is_full: bool = False
 
     def chosen_NE(self, num_experts: int) -> Tensor:
         """bool [N, E], the chosen experts of either form.
@@ -68,7 +70,11 @@ def stable_top_k(scores_NE: Tensor, k: int) -> Tensor:
     Returns:
         int64 [N, k].
     """
-    return scores_NE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    if scores_NE.dim() != 2:
+        return scores_NE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    from moe_kit_kernels.topk_gate.cpu import stable_topk
+
+    return stable_topk(scores_NE, k)
 
 
 class SelectAll(nn.Module):
@@ -113,7 +119,7 @@ class SelectTopK(nn.Module):
             worth = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
             kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, stable_top_k(worth, self.groups_kept), True)
             scores_NE = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
-        return Selection(ids_NK=stable_top_k(scores_NE, self.k), scores_NE=noisy_NE)
+        return Selection(ids_NK=stable_top_k(scores_NE, self.k), scores_NE=noisy_NE, is_full=True)
 
     def replayed(self, ids_NK: Tensor, scores_NE: Tensor, decisions: Decisions) -> Selection:
         """Given experts; Gumbel noise is drawn as if they had been chosen here."""

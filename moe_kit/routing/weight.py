@@ -63,6 +63,11 @@ class SelectedSoftmaxWeight:
             assert selection.ids_NK is not None
             total = logits_NE.gather(-1, selection.considered_NK).logsumexp(-1, keepdim=True)
             return at_selection((logits_NE - total).exp(), selection)
+        if selection.is_full and not torch.compiler.is_compiling():
+            from moe_kit_kernels.topk_gate.cpu import ChosenWeights
+
+            # one pass with its gradient by hand, instead of the ten operations below
+            return ChosenWeights.apply(logits_NE, selection.ids_NK, "softmax", True, 1.0)
         if selection.ids_NK is None:
             chosen = selection.selected_NE
             values = logits_NE.masked_fill(~chosen, float("-inf"))
