@@ -1,0 +1,173 @@
+"""Variants of the grouped kernels for the ahead-of-time check: the default tiles on model widths, and odd widths."""
+
+from moe_kit_kernels import tuning
+from moe_kit_kernels.aot import Variant
+from moe_kit_kernels.grouped_mm.triton import (
+    combine_kernel,
+    grouped_gram_kernel,
+    grouped_mm_dact_kernel,
+    grouped_mm_kernel,
+)
+
+_INDEX = {"source_ptr": "*i64", "target_ptr": "*i64"}
+_TILES = {"tile_expert_ptr": "*i32", "tile_start_ptr": "*i64", "tile_end_ptr": "*i64"}
+_NUM_TILES, _EXPERTS = 300, 64
+
+
+def default_config(kernel: str, rows: int, arch: str, gated: bool, aligned: bool = True) -> dict[str, int]:
+    """Return the default configuration as a launch on `arch` would take it, for 16-bit operands."""
+    config = {k: v for k, v in next(e for e in tuning._table("default")[kernel] if e["rows"] == rows).items()}
+    del config["rows"]
+    if gated and kernel == "grouped_mm":
+        config["BN"] = max(32, config["BN"] // 2)
+    if not aligned:
+        config = tuning.narrow(config)
+    limit = 65536 if arch == "gfx942" else tuning.SHARED_LIMIT[arch]
+    return tuning.fit(config, rows, 2, gated, limit)
+
+
+def variants(arch: str) -> list[Variant]:
+    """Return the variants of the four kernels.
+
+    Args:
+        arch: Architecture; tiles are cut to its shared memory.
+
+    Returns:
+        Aligned variants at every row height, the transposed weight of dX, and odd widths.
+    """
+    found = []
+    for rows in (16, 32, 64, 128):
+        found.append(_product(f"aligned-{rows}", arch, rows, 4096, 2048, gated=False))
+        found.append(_product(f"gated-{rows}", arch, rows, 2048, 768, gated=True))
+    found.append(_product("dx-128", arch, 128, 2048, 4096, gated=False, transposed=True))
+    found.append(_product("odd-128", arch, 128, 1001, 333, gated=True, wide=False))
+    for rows in (16, 128):
+        found.append(_dact(f"aligned-{rows}", arch, rows, 2048, 768))
+    found.append(_dact("odd-128", arch, 128, 1001, 333, wide=False))
+    for rows in (16, 128):
+        found.append(_gram(f"aligned-{rows}", arch, rows, 2048, 1536))
+    found.append(_gram("odd-128", arch, 128, 1001, 333, wide=False))
+    for name, width, slots in (("aligned", 4096, 8), ("odd", 1001, 8), ("pairs", 4096, 0)):
+        pointers = {"rows_ptr": "*bf16", "y_ptr": "*bf16", "weight_ptr": "*fp32", "inverse_ptr": "*i64"}
+        pointers |= {"order_ptr": "*i64", "token_offsets_ptr": "*i64", "total_ptr": "*i64"}
+        found.append(
+            Variant(
+                kernel="combine",
+                name=name,
+                function=combine_kernel,
+                pointers=pointers,
+                integers={"O": width},
+                constants={"SLOTS": slots, "WEIGHTS": True, "BN": 1024},
+                wide_loads=name == "aligned",
+            )
+        )
+    return found
+
+
+def _product(
+    name: str, arch: str, rows: int, D: int, O: int, *, gated: bool, transposed: bool = False, wide: bool = True
+) -> Variant:
+    tile = default_config("grouped_mm", rows, arch, gated, wide)
+    width = O * 2 if gated else O
+    stride_o, stride_d = (1, width) if transposed else (D, 1)
+    pointers = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "z_ptr", "bias_ptr", "residual_ptr"), "*bf16")
+    return Variant(
+        kernel="grouped_mm",
+        name=name,
+        function=grouped_mm_kernel,
+        pointers={**pointers, "weight_ptr": "*fp32", **_INDEX, **_TILES},
+        integers={
+            "num_tiles": _NUM_TILES,
+            "num_experts": _EXPERTS,
+            "D": D,
+            "O": O,
+            "stride_xm": D,
+            "stride_we": width * D,
+            "stride_wo": stride_o,
+            "stride_wd": stride_d,
+            "stride_ym": O,
+        },
+        constants={
+            "GATHER": not transposed,
+            "SCATTER": False,
+            "BIAS": not wide,
+            "WEIGHTS": False,
+            "RESIDUAL": not wide,
+            "ACTIVATION": "silu" if gated else "",
+            "GATED": gated,
+            "KEEP": gated,
+            "EVEN_D": D % tile["BK"] == 0,
+            "PRECISION": "ieee",
+            "BM": rows,
+            "BN": tile["BN"],
+            "BK": tile["BK"],
+            "GROUP": tile["GROUP"],
+        },
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+        tile_rows=rows,
+        wide_loads=wide,
+    )
+
+
+def _dact(name: str, arch: str, rows: int, D: int, H: int, wide: bool = True) -> Variant:
+    tile = default_config("grouped_mm_dact", rows, arch, True, wide)
+    pointers = dict.fromkeys(("dy_ptr", "w_ptr", "z_ptr", "dz_ptr", "wh_ptr"), "*bf16")
+    return Variant(
+        kernel="grouped_mm_dact",
+        name=name,
+        function=grouped_mm_dact_kernel,
+        pointers={**pointers, "weight_ptr": "*fp32", "dot_ptr": "*fp32", **_INDEX, **_TILES},
+        integers={
+            "num_tiles": _NUM_TILES,
+            "num_experts": _EXPERTS,
+            "D": D,
+            "H": H,
+            "stride_ym": D,
+            "stride_we": D * H,
+            "stride_wh": 1,
+            "stride_wd": H,
+        },
+        constants={
+            "GATHER": True,
+            "ACTIVATION": "silu",
+            "GATED": True,
+            "EVEN_D": D % tile["BK"] == 0,
+            "PRECISION": "ieee",
+            "BM": rows,
+            "BN": tile["BN"],
+            "BK": tile["BK"],
+            "GROUP": tile["GROUP"],
+        },
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+        tile_rows=rows,
+        wide_loads=wide,
+    )
+
+
+def _gram(name: str, arch: str, rows: int, D: int, O: int, wide: bool = True) -> Variant:
+    tile = default_config("grouped_gram", rows, arch, False, wide)
+    pointers = dict.fromkeys(("dz_ptr", "x_ptr", "dw_ptr", "db_ptr"), "*bf16")
+    pointers |= {"row_scale_ptr": "*fp32", "offsets_ptr": "*i64", "source_z_ptr": "*i64", "source_x_ptr": "*i64"}
+    return Variant(
+        kernel="grouped_gram",
+        name=name,
+        function=grouped_gram_kernel,
+        pointers=pointers,
+        integers={"O": O, "D": D, "stride_zm": O, "stride_xm": D, "stride_we": O * D, "stride_wo": D, "stride_wd": 1},
+        constants={
+            "GATHER_Z": False,
+            "GATHER_X": True,
+            "BIAS": not wide,
+            "SCALE": False,
+            "PRECISION": "ieee",
+            "BO": tile["BO"],
+            "BD": tile["BD"],
+            "BR": tile["BR"],
+        },
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+        tile_rows=tile["BO"],
+        wide_loads=wide,
+    )

@@ -1,0 +1,320 @@
+"""Launchers of the grouped kernels: tile sizes from static sizes, strides, specialisation switches.
+
+Tile widths come from `tuning` (a JSON table by device, with a default that compiles without spills everywhere); the tile
+height from `tiles.tile_height`. Every launcher takes tensors of any width; the last dimension of row operands is made
+contiguous, weights keep their strides.
+"""
+
+import torch
+import triton as _triton
+from torch import Tensor
+
+from moe_kit_kernels import tuning
+from moe_kit_kernels.grouped_mm.tiles import TileMap, tile_height, tile_map
+from moe_kit_kernels.grouped_mm.triton import (
+    combine_kernel,
+    grouped_gram_kernel,
+    grouped_mm_dact_kernel,
+    grouped_mm_kernel,
+)
+from moe_kit_kernels.route_plan import RoutePlan
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how fp32 products are made: TF32 where torch allows it for its own, else exact."""
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def plan_tiles(plan: RoutePlan) -> TileMap:
+    """Return the tile map of a plan for the height that its sizes ask for."""
+    return tile_map(plan, tile_height(plan.num_pairs, plan.num_experts))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def aligned(*operands: Tensor) -> bool:
+    """Return whether every row of every operand starts at a multiple of 16 bytes."""
+    return all(
+        stride == 1 or (stride * tensor.element_size()) % 16 == 0 for tensor in operands for stride in tensor.stride()
+    )
+
+
+def product(
+    x: Tensor,
+    weight_EOD: Tensor,
+    plan: RoutePlan,
+    tiles: TileMap,
+    *,
+    gather: bool = False,
+    scatter: bool = False,
+    bias_EO: Tensor | None = None,
+    weights_P: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch `grouped_mm_kernel`.
+
+    Args:
+        x: `[T, D]` with `gather`, else `[P, D]`.
+        weight_EOD: `[E, O, D]`, any strides; pass a transposed view for the gradient of x.
+        plan: The routing.
+        tiles: Its tile map.
+        gather: As in the public operator.
+        scatter: As in the public operator.
+        bias_EO: As in the public operator.
+        weights_P: Flat weights in the given order.
+        residual: As in the public operator.
+        activation: As in the public operator.
+        gated: As in the public operator.
+        keep: Also return the pre-activations.
+
+    Returns:
+        The result `[P, O]` (`[P, O/2]` gated) and the pre-activations `[P, O]` or None.
+    """
+    x = _rows(x)
+    P, D = plan.num_pairs, weight_EOD.shape[2]
+    O = weight_EOD.shape[1] // (2 if gated else 1)
+    y_PO = x.new_empty(P, O)
+    z_PF = x.new_empty(P, weight_EOD.shape[1]) if keep else None
+    if P == 0 or O == 0:
+        return y_PO, z_PF
+    tile = tuning.lookup(
+        "grouped_mm",
+        x.device,
+        width_in=D,
+        width_out=O,
+        rows=tiles.rows,
+        gated=gated,
+        itemsize=x.element_size(),
+        aligned=aligned(x, weight_EOD, y_PO),
+    )
+    grid = (tiles.num_tiles * _triton.cdiv(O, tile["BN"]),)
+    grouped_mm_kernel[grid](
+        x,
+        weight_EOD,
+        y_PO,
+        z_PF if keep else y_PO,
+        bias_EO.contiguous() if bias_EO is not None else x,
+        weights_P.contiguous() if weights_P is not None else x,
+        residual.contiguous() if residual is not None else x,
+        plan.sorted_token_P,
+        plan.order_P,
+        tiles.expert_G,
+        tiles.start_G,
+        tiles.end_G,
+        tiles.num_tiles,
+        plan.num_experts,
+        D,
+        O,
+        x.stride(0),
+        *weight_EOD.stride(),
+        O,
+        GATHER=gather,
+        SCATTER=scatter,
+        BIAS=bias_EO is not None,
+        WEIGHTS=weights_P is not None,
+        RESIDUAL=residual is not None,
+        ACTIVATION=activation or "",
+        GATED=gated,
+        KEEP=keep,
+        EVEN_D=D % tile["BK"] == 0,
+        PRECISION=precision(x.dtype),
+        BM=tiles.rows,
+        BN=tile["BN"],
+        BK=tile["BK"],
+        GROUP=tile["GROUP"],
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+    )
+    return y_PO, z_PF
+
+
+def through_activation(
+    dy: Tensor,
+    down_EDH: Tensor,
+    z_PF: Tensor,
+    weights_P: Tensor,
+    plan: RoutePlan,
+    tiles: TileMap,
+    *,
+    gather: bool,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `grouped_mm_dact_kernel`.
+
+    Args:
+        dy: `[T, D]` with `gather`, else `[P, D]` sorted.
+        down_EDH: Second stack.
+        z_PF: Saved pre-activations, sorted.
+        weights_P: Flat weights in the given order.
+        plan: The routing.
+        tiles: Its tile map.
+        gather: Whether dy is by token.
+        activation: Name of the activation.
+        gated: Whether z holds two halves.
+
+    Returns:
+        dz `[P, F]`, `w * h` `[P, H]`, and `<t_p, h_p>` `[P]` float32, all sorted.
+    """
+    dy = _rows(dy)
+    P, (_, D, H) = plan.num_pairs, down_EDH.shape
+    dz_PF = torch.empty_like(z_PF)
+    wh_PH = z_PF.new_empty(P, H)
+    if P == 0:
+        return dz_PF, wh_PH, torch.zeros(0, dtype=torch.float32, device=dy.device)
+    tile = tuning.lookup(
+        "grouped_mm_dact",
+        dy.device,
+        width_in=D,
+        width_out=H,
+        rows=tiles.rows,
+        gated=gated,
+        itemsize=dy.element_size(),
+        aligned=aligned(dy, down_EDH, z_PF),
+    )
+    columns = _triton.cdiv(H, tile["BN"])
+    dot_PC = torch.empty(P, columns, dtype=torch.float32, device=dy.device)
+    grouped_mm_dact_kernel[(tiles.num_tiles * columns,)](
+        dy,
+        down_EDH,
+        z_PF,
+        weights_P.contiguous(),
+        dz_PF,
+        wh_PH,
+        dot_PC,
+        plan.sorted_token_P,
+        plan.order_P,
+        tiles.expert_G,
+        tiles.start_G,
+        tiles.end_G,
+        tiles.num_tiles,
+        plan.num_experts,
+        D,
+        H,
+        dy.stride(0),
+        down_EDH.stride(0),
+        down_EDH.stride(2),
+        down_EDH.stride(1),
+        GATHER=gather,
+        ACTIVATION=activation,
+        GATED=gated,
+        EVEN_D=D % tile["BK"] == 0,
+        PRECISION=precision(dy.dtype),
+        BM=tiles.rows,
+        BN=tile["BN"],
+        BK=tile["BK"],
+        GROUP=tile["GROUP"],
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+    )
+    return dz_PF, wh_PH, dot_PC.sum(1)
+
+
+def gram(
+    dz: Tensor,
+    x: Tensor,
+    weight_EOD: Tensor,
+    plan: RoutePlan,
+    *,
+    gather_dz: bool = False,
+    gather_x: bool = False,
+    scale_P: Tensor | None = None,
+    bias: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch `grouped_gram_kernel`.
+
+    Args:
+        dz: `[P, O]` sorted, or `[T, O]` with `gather_dz`.
+        x: `[P, D]` sorted, or `[T, D]` with `gather_x`.
+        weight_EOD: The weight whose gradient this is; gives shape, dtype and memory layout.
+        plan: The routing.
+        gather_dz: dz is by token.
+        gather_x: x is by token.
+        scale_P: float32 factor of every sorted row of dz.
+        bias: Also return the sum of dz over every expert's rows.
+
+    Returns:
+        dW `[E, O, D]` and db `[E, O]` or None.
+    """
+    dz, x = _rows(dz), _rows(x)
+    E, O, D = weight_EOD.shape
+    dw_EOD = torch.empty_like(weight_EOD)
+    db_EO = weight_EOD.new_empty(E, O) if bias else None
+    tile = tuning.lookup(
+        "grouped_gram",
+        dz.device,
+        width_in=D,
+        width_out=O,
+        rows=tile_height(plan.num_pairs, E),
+        gated=False,
+        itemsize=dz.element_size(),
+        aligned=aligned(dz, x, dw_EOD),
+    )
+    grid = (_triton.cdiv(O, tile["BO"]) * _triton.cdiv(D, tile["BD"]), E)
+    grouped_gram_kernel[grid](
+        dz,
+        x,
+        dw_EOD,
+        db_EO if bias else dw_EOD,
+        scale_P if scale_P is not None else plan.offsets_E1,
+        plan.sorted_token_P,
+        plan.sorted_token_P,
+        plan.offsets_E1,
+        O,
+        D,
+        dz.stride(0),
+        x.stride(0),
+        *dw_EOD.stride(),
+        GATHER_Z=gather_dz,
+        GATHER_X=gather_x,
+        BIAS=bias,
+        SCALE=scale_P is not None,
+        PRECISION=precision(dz.dtype),
+        BO=tile["BO"],
+        BD=tile["BD"],
+        BR=tile["BR"],
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+    )
+    return dw_EOD, db_EO
+
+
+def combine(rows_PO: Tensor, plan: RoutePlan, weights_P: Tensor | None = None) -> Tensor:
+    """Launch `combine_kernel`: sum every token's sorted rows, each times its weight, in fp32 and slot order.
+
+    Args:
+        rows_PO: `[P, O]` sorted rows; those of dropped pairs are not read.
+        plan: The routing.
+        weights_P: Flat weights in the given order; None = 1.
+
+    Returns:
+        `[T, O]` of the rows' dtype.
+    """
+    T, O = plan.num_tokens, rows_PO.shape[1]
+    y_TO = rows_PO.new_empty(T, O)
+    if T == 0:
+        return y_TO
+    if plan.num_pairs == 0:
+        return y_TO.zero_()
+    block = min(1024, _triton.next_power_of_2(O))
+    free = plan.slots is None
+    combine_kernel[(T, _triton.cdiv(O, block))](
+        rows_PO.contiguous(),
+        y_TO,
+        weights_P.contiguous() if weights_P is not None else rows_PO,
+        plan.inverse_P,
+        plan.token_order_P if free else plan.inverse_P,
+        plan.token_offsets_T1 if free else plan.inverse_P,
+        plan.offsets_E1[-1:],
+        O,
+        SLOTS=0 if free else plan.slots,
+        WEIGHTS=weights_P is not None,
+        BN=block,
+        num_warps=4,
+    )
+    return y_TO
