@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, REPEAT, SKIP
+from moe_kit.depth.narrow import running_rows
 from moe_kit.hf.cache import CacheView, CarriedDecisions, mark_empty, second_slot
 from moe_kit.hf.layers import find_attention
+from moe_kit.routing.state import ModelRouting
 
 _CACHE_NAMES = ("past_key_values", "layer_past")
 # arguments of decoder layers whose first dimension is the batch, or 1 for all rows
@@ -60,12 +62,15 @@ class Call:
         forward: the forward of its own class, unbound.
         kwargs: its arguments besides the input.
         kind: "layer", "attention" or "mlp".
+        routing: routing state of the model; routers of adapters inside the module read it.
     """
 
-    __slots__ = ("cache", "cache_name", "forward", "kind", "kwargs", "module")
+    __slots__ = ("cache", "cache_name", "forward", "kind", "kwargs", "module", "routing")
 
-    def __init__(self, module: nn.Module, forward: Callable, kwargs: dict[str, Any], kind: str) -> None:
-        self.module, self.forward, self.kwargs, self.kind = module, forward, kwargs, kind
+    def __init__(
+        self, module: nn.Module, forward: Callable, kwargs: dict[str, Any], kind: str, routing: ModelRouting
+    ) -> None:
+        self.module, self.forward, self.kwargs, self.kind, self.routing = module, forward, kwargs, kind, routing
         self.cache_name, self.cache = "", None
         for name in _CACHE_NAMES:
             if kwargs.get(name) is not None:
@@ -162,7 +167,8 @@ def _pass(call: Call, x_BSD: Tensor, base_BSD: Tensor, rows_N: Tensor, slot: int
         view = None if call.cache is None else CacheView(call.cache, slot)
         out = call.output(x_BSD, **call.with_cache(view))[rows_N]
     else:
-        out = call.output(x_BSD.index_select(0, rows_N), **{**changes, **call.with_cache(view)})
+        with running_rows(call.routing, rows_N, batch):
+            out = call.output(x_BSD.index_select(0, rows_N), **{**changes, **call.with_cache(view)})
     return base_BSD.index_copy(0, rows_N, out.to(base_BSD.dtype))
 
 

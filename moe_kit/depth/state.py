@@ -21,7 +21,7 @@ from moe_kit.depth.config import APPROXIMATE, EXECUTE, SKIP, LayerRoutingConfig
 from moe_kit.depth.losses import LOSSES, Trace
 from moe_kit.depth.routers import window_matrix
 from moe_kit.errors import RoutingError
-from moe_kit.hf.cache import CarriedDecisions, ensure_carrier, find_carrier, mask_diagonal
+from moe_kit.hf.cache import CarriedDecisions, ensure_carrier, mask_diagonal
 from moe_kit.hf.hooks import attach, loss_share
 from moe_kit.routing.state import ModelRouting
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "moe_depth_state"
 _HOOKS = "moe_depth_hooks"
+_SITE = "moe_depth."
 UNDECIDED = -1
 
 
@@ -46,6 +47,7 @@ class DepthState:
         forced: int64 [B or 1, U] actions to obey, or None.
         carrier: decisions of the present request.
         traces: what units decided in the present training pass.
+        foreign: True if the cache of the present pass was filled without layer routes.
         decisions: column -> what the tokens of the present pass do there (token scope).
     """
 
@@ -59,6 +61,7 @@ class DepthState:
         self.decisions: dict[int, TokenDecision] = {}
         self.row_keys_B: Tensor | None = None
         self.in_generate = False
+        self.foreign = False
         self._cache: Any = None
         self._windows: dict[tuple, tuple[Tensor, Tensor]] = {}
 
@@ -107,11 +110,11 @@ class DepthState:
         if not (self.in_generate and self.carrier.sites):
             self.carrier = CarriedDecisions()
             self.row_keys_B = None
+
+        self._board(arguments.get("past_key_values"))
+        self._read_mask(arguments)
         if self.row_keys_B is None and any(config.router == "random" for config in self.configs.values()):
             self.row_keys_B = _row_keys(arguments, self.routing.context.prompt_mask_BS, self.routing.context.mask_BS)
-
-        self.board(arguments.get("past_key_values"))
-        self._read_mask(arguments)
 
     def _read_mask(self, arguments: dict[str, Any]) -> None:
         """Find padding where the attention mask is a prepared one; only at prefill, where decisions are made."""
@@ -127,12 +130,15 @@ class DepthState:
             if context.prompt_mask_BS is not None:
                 context.prompt_mask_BS = context.prompt_mask_BS & mask_BS
 
-    def board(self, cache: Any) -> None:
-        """Put a carrier on a cache before a pass writes to it."""
-        if cache is not None and find_carrier(cache) is None:
+    def _board(self, cache: Any) -> None:
+        """Put a carrier on the cache of this pass before the pass writes to it."""
+        self.foreign = False
+        if cache is None:
+            return
+        carrier = ensure_carrier(cache, self.num_layers)
+        if self.units and not any(site.startswith(_SITE) for site in carrier.sites):
             # what other routes computed cannot be continued on these
-            foreign = int(cache.get_seq_length()) > 0
-            ensure_carrier(cache, self.num_layers).foreign = foreign
+            self.foreign = int(cache.get_seq_length()) > 0
 
     def close(self) -> None:
         """End the forward pass; a cache is not kept alive by it."""
@@ -154,7 +160,7 @@ class DepthState:
         Raises:
             RoutingError: if the request has other rows.
         """
-        site = f"moe_depth.{adapter}"
+        site = _SITE + adapter
         table_BU = carrier.sites.get(site)
         if table_BU is None:
             table_BU = torch.full((batch, self.num_columns(adapter)), UNDECIDED)

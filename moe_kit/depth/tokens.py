@@ -27,6 +27,7 @@ from torch.nn import functional
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, LayerRoutingConfig
 from moe_kit.depth.execute import Call
 from moe_kit.depth.losses import Trace
+from moe_kit.depth.narrow import running_tokens
 from moe_kit.depth.routers import choose
 from moe_kit.errors import RoutingError
 from moe_kit.hf.cache import CacheView, KeysGiven, KeysWritten
@@ -225,7 +226,9 @@ def _sparse_mlp(call: Call, x_BSD: Tensor, base_TD: Tensor, decision: TokenDecis
     from moe_kit_kernels import token_gather, token_scatter
 
     x_ND, index_N = token_gather(x_BSD.reshape(base_TD.shape), decision.action_T == EXECUTE)
-    out_ND = call.output(x_ND[None])[0]
+    batch, length = x_BSD.shape[:2]
+    with running_tokens(call.routing, index_N[None], batch, length, flat=True):
+        out_ND = call.output(x_ND[None])[0]
     return token_scatter(out_ND, index_N, base_TD, weights_T=decision.gate_T).view_as(x_BSD)
 
 
@@ -292,8 +295,7 @@ def _sparse_attention(call: Call, x_BSD: Tensor, base_TD: Tensor, decision: Toke
         return call.wrap(_select(out_TD, base_TD, decision).view_as(x_BSD))
     # kept tokens to the front of each row; short rows are filled with skipped tokens, whose results are dropped
     order_BS = keep_BS.long().sort(dim=1, descending=True, stable=True).indices
-    kept = int(keep_BS.sum(1).max())
-    index_BN = order_BS[:, :kept]
+    index_BN = order_BS[:, : int(keep_BS.sum(1).max())]
     name = call.cache_name or _cache_argument(call)
     assert name is not None
     changes: dict[str, Any] = {
@@ -307,7 +309,8 @@ def _sparse_attention(call: Call, x_BSD: Tensor, base_TD: Tensor, decision: Toke
     if positions is not None:
         changes["position_ids"] = positions.expand(batch, -1).gather(1, index_BN)
     x_BND = x_BSD.gather(1, index_BN[..., None].expand(-1, -1, width))
-    with _silent(call.module, ("k_proj", "v_proj")):
+    kept = running_tokens(call.routing, index_BN, batch, length, flat=False)
+    with kept, _silent(call.module, ("k_proj", "v_proj")):
         out_BND = call.output(x_BND, **changes)
     full = x_BSD.new_zeros(batch, length, width).scatter(1, index_BN[..., None].expand(-1, -1, width), out_BND)
     return call.wrap(_select(full.view(-1, width), base_TD, decision).view_as(x_BSD))

@@ -140,7 +140,7 @@ class DepthUnit(nn.Module, BaseTunerLayer):
         adapter = self.active_name()
         assert adapter is not None
         config = self.configs[adapter]
-        call = Call(module, forward, kwargs, self.kind)
+        call = Call(module, forward, kwargs, self.kind, self.state.routing)
         if config.scope == "token":
             return self._run_tokens(adapter, config, call, x_BSD)
         carrier = self.state.request(call.cache)
@@ -188,7 +188,7 @@ class DepthUnit(nn.Module, BaseTunerLayer):
             action_B = known_B
         else:
             action_B = forced_B if forced_B is not None else self._decide(adapter, config, logits_BA, batch, learning)
-            if carrier.foreign and bool((action_B != EXECUTE).any()):
+            if self.state.foreign and bool((action_B != EXECUTE).any()):
                 raise RoutingError(
                     f"{self.path}: the cache holds tokens that were computed without these routes, so {action_B.tolist()} "
                     "cannot be obeyed: fill a fresh cache with the layer router active."

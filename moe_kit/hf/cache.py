@@ -29,7 +29,6 @@ class CarriedDecisions(DummyLayer):
         sites: site name -> tensor [B, ...].
         slots: layer index -> index in `cache.layers` of the cache of that layer's second pass.
         notes: what a reader derived from the tensors; dropped whenever rows change.
-        foreign: True if the cache held tokens before it held decisions.
     """
 
     is_sliding = False
@@ -39,7 +38,6 @@ class CarriedDecisions(DummyLayer):
         self.sites: dict[str, Tensor] = {}
         self.slots: dict[int, int] = {}
         self.notes: dict[Any, Any] = {}
-        self.foreign = False
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.sites = {site: function(value) for site, value in self.sites.items()}
@@ -47,7 +45,7 @@ class CarriedDecisions(DummyLayer):
 
     def reset(self) -> None:
         """Forget every decision; the next prompt decides anew."""
-        self.sites, self.notes, self.foreign = {}, {}, False
+        self.sites, self.notes = {}, {}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search."""
