@@ -16,6 +16,8 @@ Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, 
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
@@ -43,6 +45,20 @@ class Device:
 H100 = Device(name="h100", flops=650e12, narrow_flops=650e12, bandwidth=2.8e12, call=4e-6, host_walk=False)
 A100 = Device(name="a100", flops=250e12, narrow_flops=250e12, bandwidth=1.7e12, call=4e-6, host_walk=False)
 CPU = Device(name="cpu", flops=150e9, narrow_flops=60e9, bandwidth=10e9, call=4e-6, host_walk=True)
+
+
+def device_of(device: torch.device) -> Device:
+    """Find the rates of a torch device.
+
+    Args:
+        device: where a call runs.
+
+    Returns:
+        `CPU`; on a GPU `A100` up to compute capability 8, else `H100` (their ratio of FLOPs to bytes is what decides).
+    """
+    if device.type != "cuda":
+        return CPU
+    return A100 if torch.cuda.get_device_capability(device)[0] <= 8 else H100
 
 
 @dataclass(frozen=True, kw_only=True)

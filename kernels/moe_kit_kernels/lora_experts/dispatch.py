@@ -8,13 +8,15 @@ Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import check_shape, fail
-from moe_kit_kernels.cost_model import CPU, LoraShape, choose_lora
+from moe_kit_kernels.cost_model import LoraShape, choose_lora, device_of
+from moe_kit_kernels.grouped_mm.backend import interpreting, resolve_backend
 from moe_kit_kernels.lora_experts import cpu_single, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
 from moe_kit_kernels.lora_experts.cpu_decode import decode
@@ -116,7 +118,7 @@ def run_experts(
 
     Args:
         operator: public name, for messages.
-        backend: "auto", "dense", "sorted", "decode" or "reference".
+        backend: "auto", "dense", "sorted", "decode", "triton" or "reference".
         decision: the routing.
         scale: factor on the sum.
         x_TD: [T, D] inputs.
@@ -136,11 +138,16 @@ def run_experts(
     training = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x_TD, A_ELD, B_EOL, weights, base_TO)
     )
+    if backend == "triton":
+        resolve_backend(operator, "triton", x_TD.device)
+        backend = "auto"
     everyone = decision.ids_TK is None and decision.plan is None
     if torch.compiler.is_compiling() and backend != "reference":
         return _traced(operator, backend, decision, scale, x_TD, base_TO, A_ELD, B_EOL)
     if backend == "auto":
-        backend = "dense" if everyone else _choose(T, weights.numel(), E, L, D, O, x_TD.element_size(), training)
+        backend = (
+            "dense" if everyone else _choose(T, weights.numel(), E, L, D, O, x_TD.element_size(), training, x_TD.device)
+        )
     if backend == "decode" and training:
         raise fail(operator, "backend", "'decode' with gradients on", "no gradient", 'Use "auto", or torch.no_grad()')
 
@@ -152,6 +159,12 @@ def run_experts(
                 operator, backend, decision, scale, x_TD, base_TO, A_ELD, B_EOL, overwrite_base=overwrite_base
             )
 
+    if backend != "reference" and uses_triton(x_TD.device):
+        plan = resolve_plan(operator, T, E, decision) or all_experts_plan(T, E, x_TD.device)
+        if plan.slots is not None:
+            return run_triton(backend, plan, scale, x_TD, weights, base_TO, A_ELD, B_EOL)
+        # free pairs have no kernel of their own yet: plain GEMMs, which run on every device
+        backend = "dense"
     if backend == "decode" and decision.plan is None and decision.ids_TK is not None:
         check_decision(operator, T, E, decision)
         return decode(x_TD, A_ELD, B_EOL, decision.ids_TK.tolist(), weights, scale, base_TO, overwrite_base)
@@ -219,7 +232,7 @@ def run_linears(
 
     Args:
         operator: public name, for messages.
-        backend: "auto", "dense", "sorted", "decode" or "reference".
+        backend: "auto", "dense", "sorted", "decode", "triton" or "reference".
         decision: the routing.
         scale: factor on the adapters' sums.
         x_TD: [T, D] inputs.
@@ -235,6 +248,9 @@ def run_linears(
         KernelError: sizes of the routing disagree, ids below -1, or decode with gradients.
     """
     (T, D), E = x_TD.shape, A[0].shape[0]
+    if backend == "triton":
+        resolve_backend(operator, "triton", x_TD.device)
+        backend = "auto"
     everyone = decision.ids_TK is None and decision.plan is None
     if torch.compiler.is_compiling() and backend != "reference":
         # the compiler sees the base product; only the experts are opaque
@@ -247,7 +263,9 @@ def run_linears(
         rank, width = max(a.shape[1] for a in A), sum(w.shape[0] for w in weights_OD)
         training = torch.is_grad_enabled()
         pairs = decision.weights.numel()
-        backend = "dense" if everyone else _choose(T, pairs, E, rank, D, width, x_TD.element_size(), training)
+        backend = (
+            "dense" if everyone else _choose(T, pairs, E, rank, D, width, x_TD.element_size(), training, x_TD.device)
+        )
     if backend != "dense":
         # the base product stays the vendor's; the experts are added into it
         if decision.plan is None and not everyone and backend != "decode":
@@ -260,6 +278,11 @@ def run_linears(
         return tuple(results)
 
     plan = resolve_plan(operator, T, E, decision)
+    if uses_triton(x_TD.device) and linear_fuses(plan, A, autocast_dtype(x_TD.device)):
+        from moe_kit_kernels.lora_experts.triton_autograd import TritonLora
+
+        parts = zip(weights_OD, biases_O, A, B, strict=True)
+        return tuple(TritonLora.apply("dense", plan, scale, True, x_TD, decision.weights, *part) for part in parts)
     group = Group(plan, scale, len(A), linear=True)
     tensors = [*weights_OD, *biases_O, *A, *B]
     dtype = autocast_dtype(x_TD.device)
@@ -274,6 +297,72 @@ def run_linears(
     return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)
 
 
-def _choose(T: int, P: int, E: int, L: int, D: int, O: int, itemsize: int, training: bool) -> str:
+def uses_triton(device: torch.device) -> bool:
+    """Tell whether the Triton kernels serve a device.
+
+    Args:
+        device: where the inputs live.
+
+    Returns:
+        True on a GPU with Triton installed, and everywhere under Triton's interpreter (`TRITON_INTERPRET=1`).
+    """
+    return (device.type == "cuda" or interpreting()) and find_spec("triton") is not None
+
+
+def run_triton(
+    how: str,
+    plan: RoutePlan,
+    scale: float,
+    x_TD: Tensor,
+    weights: Tensor,
+    base_TO: Tensor | None,
+    A_ELD: Tensor,
+    B_EOL: Tensor,
+) -> Tensor:
+    """Run one bank on the Triton kernels.
+
+    Args:
+        how: "dense", "sorted" or "decode".
+        plan: the routing, from a [T, K] table.
+        scale: factor on the sum.
+        x_TD: [T, D] inputs.
+        weights: [T, K].
+        base_TO: [T, O] or None.
+        A_ELD: [E, L, D].
+        B_EOL: [E, O, L].
+
+    Returns:
+        [T, O].
+    """
+    # Triton is imported by the first call that needs it
+    from moe_kit_kernels.lora_experts import launch
+    from moe_kit_kernels.lora_experts.triton_autograd import TritonLora
+
+    weights = weights.view(plan.num_tokens, plan.slots)
+    if how == "decode":
+        return launch.decode(x_TD, A_ELD, B_EOL, plan, weights.float(), scale, base_TO)
+    return TritonLora.apply(how, plan, scale, False, x_TD, weights, base_TO, None, A_ELD, B_EOL)
+
+
+def linear_fuses(plan: RoutePlan | None, A: Sequence[Tensor], autocast: torch.dtype | None) -> bool:
+    """Tell whether the kernel with the base product inside should run.
+
+    It saves a read and a write of y and costs E*L of extra contraction over what cuBLAS would do alone; worth it while
+    E*L stays small beside D.
+
+    Args:
+        plan: the routing.
+        A: down projections.
+        autocast: the autocast dtype, or None.
+
+    Returns:
+        True for a table of ids, one small bank a projection, outside of autocast.
+    """
+    if plan is None or plan.slots is None or autocast is not None:
+        return False
+    return all(8 * a.shape[0] * a.shape[1] <= a.shape[2] for a in A)
+
+
+def _choose(T: int, P: int, E: int, L: int, D: int, O: int, itemsize: int, training: bool, device: torch.device) -> str:
     shape = LoraShape(tokens=T, pairs=P, experts=E, rank=L, d_in=D, d_out=O, itemsize=itemsize)
-    return choose_lora(shape, CPU, training=training)
+    return choose_lora(shape, device_of(device), training=training)

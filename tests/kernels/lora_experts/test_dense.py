@@ -310,6 +310,8 @@ def test_bad_input():
         lora_experts(x, A, B, ids - 2 - ids.min(), weights)
     with pytest.raises(KernelError, match="backend"):
         lora_experts(x, A, B, ids, weights, backend="fast")
+    with pytest.raises(KernelError, match='CUDA device.*"auto", which runs "cpu" here'):
+        lora_experts(x, A, B, ids, weights, backend="triton")
     with pytest.raises(KernelError, match="gradient"):
         lora_experts(x, A, B, ids, weights, backend="decode")
     with pytest.raises(KernelError, match="A_ELD"):

@@ -1,0 +1,344 @@
+"""Launchers of the LoRA kernels: tile sizes from static sizes, strides, specialisation switches.
+
+A column block holds EB experts of LP = next power of two of the rank. Its width EB * LP is at least 16 (the least that
+a matrix instruction takes) and at most 128 unless one expert's rank is wider.
+
+Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank.
+"""
+
+import torch
+import triton as _triton
+from torch import Tensor
+
+from moe_kit_kernels.grouped_mm.tiles import tile_height, tile_map
+from moe_kit_kernels.lora_experts.triton import (
+    lora_decode_down_kernel,
+    lora_decode_up_kernel,
+    lora_down_dense_kernel,
+    lora_up_dense_kernel,
+    lora_up_sorted_kernel,
+)
+from moe_kit_kernels.route_plan import RoutePlan, route_plan
+
+# bytes of y that one column group of the sorted order may keep in L2 between slots
+_L2_BYTES = 24 << 20
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Tell how float32 products are made: TF32 where torch allows it for its own, else exact.
+
+    Args:
+        dtype: dtype of the product's inputs.
+
+    Returns:
+        "tf32" or "ieee".
+    """
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def column_block(num_experts: int, rank: int) -> tuple[int, int]:
+    """Size a column block.
+
+    Args:
+        num_experts: E.
+        rank: L.
+
+    Returns:
+        EB and LP, powers of two with 16 <= EB * LP.
+    """
+    LP = _triton.next_power_of_2(rank)
+    EB = min(_triton.next_power_of_2(num_experts), max(1, 128 // LP))
+    return max(EB, 16 // LP), LP
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def down_dense(
+    x_TD: Tensor,
+    A_ELD: Tensor,
+    plan: RoutePlan,
+    *,
+    weights: Tensor | None = None,
+    kept_PL: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch `lora_down_dense_kernel`.
+
+    Args:
+        x_TD: [T, D] inputs; in the backward the gradient [T, O].
+        A_ELD: [E, L, D], any strides; in the backward B as [E, L, O].
+        plan: the routing, from a [T, K] table.
+        weights: [T, K] float32, for the backward.
+        kept_PL: the forward's H, for the backward.
+        scale: factor on the sum, for the backward.
+
+    Returns:
+        H [P, L] (0 for dropped pairs) and None; in the backward dH [P, L] and dw [T, K] float32.
+    """
+    assert plan.slots is not None
+    x_TD = _rows(x_TD)
+    (T, D), (E, L, _), K = x_TD.shape, A_ELD.shape, plan.slots
+    dtype = torch.promote_types(x_TD.dtype, A_ELD.dtype)
+    H_PL = x_TD.new_zeros(T * K, L, dtype=dtype)
+    backward = weights is not None
+    dw_TK = x_TD.new_zeros(T, K, dtype=torch.float32) if backward else None
+    if T == 0 or K == 0:
+        return H_PL, dw_TK
+    EB, LP = column_block(E, L)
+    BM, BK = 64 if EB * LP <= 128 else 32, 64
+    grid = (_triton.cdiv(T, BM) * _triton.cdiv(E, EB),)
+    lora_down_dense_kernel[grid](
+        x_TD,
+        A_ELD,
+        plan.expert_P,
+        H_PL,
+        weights.contiguous() if weights is not None else x_TD,
+        kept_PL if kept_PL is not None else H_PL,
+        dw_TK if dw_TK is not None else H_PL,
+        scale,
+        T,
+        D,
+        E,
+        L,
+        x_TD.stride(0),
+        *A_ELD.stride(),
+        K=K,
+        BACKWARD=backward,
+        EVEN_D=D % BK == 0,
+        PRECISION=precision(dtype),
+        BM=BM,
+        EB=EB,
+        LP=LP,
+        BK=BK,
+        num_warps=4,
+        num_stages=3,
+    )
+    return H_PL, dw_TK
+
+
+def up_dense(
+    H_PL: Tensor,
+    B_EOL: Tensor,
+    plan: RoutePlan,
+    out_dtype: torch.dtype,
+    *,
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    base_TO: Tensor | None = None,
+    linear: tuple[Tensor, Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """Launch `lora_up_dense_kernel`.
+
+    Args:
+        H_PL: [P, L] in the given order.
+        B_EOL: [E, O, L], any strides; for dx A as [E, D, L].
+        plan: the routing, from a [T, K] table.
+        out_dtype: dtype of the result.
+        weights: [T, K] float32, or None when H is weighed already.
+        scale: factor that goes with the weights.
+        base_TO: added.
+        linear: (x [T, D], W [O, D], bias or None): the base product is computed inside.
+
+    Returns:
+        [T, O].
+    """
+    assert plan.slots is not None
+    (E, O, L), K, T = B_EOL.shape, plan.slots, plan.num_tokens
+    y_TO = H_PL.new_empty(T, O, dtype=out_dtype)
+    if T == 0:
+        return y_TO
+    EB, LP = column_block(E, L)
+    BM, BN, BK = 64, 128, 64
+    x_TD, W_OD, bias_O = linear if linear is not None else (H_PL, B_EOL[0], None)
+    x_TD = _rows(x_TD)
+    base_TO = None if base_TO is None else _rows(base_TO)
+    D = x_TD.shape[1]
+    lora_up_dense_kernel[(_triton.cdiv(T, BM) * _triton.cdiv(O, BN),)](
+        H_PL.contiguous(),
+        B_EOL,
+        plan.expert_P,
+        weights.contiguous() if weights is not None else H_PL,
+        base_TO if base_TO is not None else H_PL,
+        y_TO,
+        x_TD,
+        W_OD,
+        bias_O if bias_O is not None else H_PL,
+        scale,
+        T,
+        O,
+        D,
+        E,
+        L,
+        *B_EOL.stride(),
+        base_TO.stride(0) if base_TO is not None else 0,
+        x_TD.stride(0),
+        W_OD.stride(0),
+        W_OD.stride(1),
+        K=K,
+        WEIGHTS=weights is not None,
+        BASE=base_TO is not None,
+        LINEAR=linear is not None,
+        BIAS=bias_O is not None,
+        EVEN_D=D % BK == 0,
+        PRECISION=precision(H_PL.dtype),
+        BM=BM,
+        BN=BN,
+        BK=BK,
+        EB=EB,
+        LP=LP,
+        num_warps=4,
+        num_stages=3,
+    )
+    return y_TO
+
+
+def slot_plans(plan: RoutePlan) -> list[RoutePlan]:
+    """Split a plan by slot: within a slot a token occurs once, so adding to its row races with nobody.
+
+    Args:
+        plan: the routing, from a [T, K] table.
+
+    Returns:
+        K plans over T pairs each, kept on the plan.
+    """
+    kept = plan.__dict__.get("_slot_plans")
+    if kept is None:
+        ids_TK = plan.expert_P.view(plan.num_tokens, plan.slots)
+        kept = plan.__dict__["_slot_plans"] = [
+            route_plan(ids_TK[:, k : k + 1].contiguous(), plan.num_experts) for k in range(plan.slots or 0)
+        ]
+    return kept
+
+
+def up_sorted(
+    H_PL: Tensor,
+    B_EOL: Tensor,
+    plan: RoutePlan,
+    out_dtype: torch.dtype,
+    *,
+    weights: Tensor | None = None,
+    scale: float = 1.0,
+    base_TO: Tensor | None = None,
+) -> Tensor:
+    """Launch `lora_up_sorted_kernel`, column group by column group and slot by slot.
+
+    A group's block of y stays in L2 while the slots pass over it, so main memory sees y about once, not K times. The sum
+    is rounded to the result's dtype after every slot.
+
+    Args:
+        H_PL: [P, L] in the given order.
+        B_EOL: [E, O, L], any strides; for dx A as [E, D, L].
+        plan: the routing, from a [T, K] table.
+        out_dtype: dtype of the result.
+        weights: [T, K] float32, or None when H is weighed already.
+        scale: factor that goes with the weights.
+        base_TO: added.
+
+    Returns:
+        [T, O].
+    """
+    assert plan.slots is not None
+    (E, O, L), K, T = B_EOL.shape, plan.slots, plan.num_tokens
+    y_TO = H_PL.new_empty(T, O, dtype=out_dtype)
+    if T == 0:
+        return y_TO
+    H_PL = H_PL.contiguous()
+    base_TO = None if base_TO is None else _rows(base_TO)
+    LP, BN = max(16, _triton.next_power_of_2(L)), 128
+    width = max(BN, _L2_BYTES // (T * y_TO.element_size()) // BN * BN)
+    maps = [(p, tile_map(p, tile_height(T, E))) for p in slot_plans(plan)]
+    for first in range(0, O, width):
+        end = min(O, first + width)
+        for slot, (part, tiles) in enumerate(maps):
+            lora_up_sorted_kernel[(tiles.num_tiles * _triton.cdiv(end - first, BN),)](
+                H_PL,
+                B_EOL,
+                weights.contiguous() if weights is not None else H_PL,
+                base_TO if base_TO is not None else H_PL,
+                y_TO,
+                part.sorted_token_P,
+                tiles.expert_G,
+                tiles.start_G,
+                tiles.end_G,
+                scale,
+                slot,
+                first,
+                end,
+                O,
+                E,
+                L,
+                *B_EOL.stride(),
+                base_TO.stride(0) if base_TO is not None else 0,
+                K=K,
+                FIRST=slot == 0,
+                WEIGHTS=weights is not None,
+                BASE=base_TO is not None,
+                PRECISION=precision(H_PL.dtype),
+                BM=tiles.rows,
+                BN=BN,
+                LP=LP,
+                num_warps=4,
+                num_stages=2,
+            )
+    return y_TO
+
+
+def decode(
+    x_TD: Tensor,
+    A_ELD: Tensor,
+    B_EOL: Tensor,
+    plan: RoutePlan,
+    weights: Tensor,
+    scale: float,
+    base_TO: Tensor | None,
+) -> Tensor:
+    """Launch the two decode kernels: the forward for a few tokens, no sort.
+
+    Args:
+        x_TD: [T, D] inputs.
+        A_ELD: [E, L, D].
+        B_EOL: [E, O, L].
+        plan: the routing, from a [T, K] table.
+        weights: [T, K] float32.
+        scale: factor on the sum.
+        base_TO: added.
+
+    Returns:
+        [T, O] in the dtype of the base, else of x.
+    """
+    assert plan.slots is not None
+    x_TD = _rows(x_TD)
+    base_TO = None if base_TO is None else _rows(base_TO)
+    (T, D), (E, O, L), K = x_TD.shape, B_EOL.shape, plan.slots
+    y_TO = x_TD.new_empty(T, O, dtype=x_TD.dtype if base_TO is None else base_TO.dtype)
+    if T == 0:
+        return y_TO
+    H_PL = x_TD.new_empty(T * K, L, dtype=torch.float32)
+    LP, BN = _triton.next_power_of_2(L), 64
+    BK = max(16, 4096 // LP)
+    if K:
+        lora_decode_down_kernel[(T * K,)](
+            x_TD, A_ELD, plan.expert_P, H_PL, D, E, L, x_TD.stride(0), *A_ELD.stride(), K=K, LP=LP, BK=BK, num_warps=4
+        )
+    lora_decode_up_kernel[(T, _triton.cdiv(O, BN))](
+        H_PL,
+        B_EOL,
+        plan.expert_P,
+        weights.contiguous(),
+        base_TO if base_TO is not None else H_PL,
+        y_TO,
+        scale,
+        O,
+        E,
+        L,
+        *B_EOL.stride(),
+        base_TO.stride(0) if base_TO is not None else 0,
+        K=K,
+        BASE=base_TO is not None,
+        BN=BN,
+        LP=LP,
+        num_warps=4,
+    )
+    return y_TO
