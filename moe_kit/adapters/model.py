@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, NoMatchingPeftModuleError
@@ -15,7 +16,7 @@ from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.external import fill_experts, read_adapters
 from moe_kit.adapters.layer import RoutedLayer
 from moe_kit.adapters.targets import ALL_LINEAR, all_linears, describe, nothing_matched
-from moe_kit.errors import CheckpointError, ConfigError
+from moe_kit.errors import CheckpointError, ConfigError, RoutingError
 from moe_kit.hf.delivery import announce
 from moe_kit.hf.hooks import attach, detach
 from moe_kit.hf.registration import register
@@ -103,6 +104,16 @@ class RoutedAdapterModel(BaseTuner):
         owners.setdefault(group, layer)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT hands `adapter_names` to the tuner and would not notice that nobody reads them
+        if kwargs.get("adapter_names") is not None:
+            raise RoutingError(
+                "adapter_names (one adapter for each row) is not supported by routed adapters: use one adapter a batch, "
+                "or moe_kit.force_experts to choose experts by row."
+            )
+        yield
 
     def unload(self) -> nn.Module:
         """Take the adapters off and return the base model, hooks removed.

@@ -13,10 +13,10 @@ Shapes: T tokens, N decisions, E experts, K slots a decision, P (token, expert) 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from moe_kit_kernels.common.cached import cached
 from torch import Tensor
 
 from moe_kit.errors import RoutingError
@@ -80,7 +80,7 @@ class Routing:
         """N."""
         return self.weights_NK.shape[0]
 
-    @cached_property
+    @cached
     def expert_ids_NK(self) -> Tensor:
         """int64 [N, K], -1 for an empty slot. A dense decision has K = E and its experts in order."""
         if self.sparse_ids_NK is not None:
@@ -118,7 +118,7 @@ class Routing:
         chosen = torch.zeros(ids_NK.shape[0], self.num_experts + 1, dtype=torch.bool, device=ids_NK.device)
         return chosen.scatter(1, slots_NK, True)[:, : self.num_experts]
 
-    @cached_property
+    @cached
     def expert_ids_TK(self) -> Tensor:
         """int64 [T, K], the experts to compute: the decision of each token spread to the tokens."""
         if self.computes_all:
@@ -126,7 +126,7 @@ class Routing:
             return torch.arange(self.num_experts, device=self.weights_TK.device).expand(tokens, -1)
         return self.expert_ids_NK if self.decision_T is None else self.expert_ids_NK[self.decision_T]
 
-    @cached_property
+    @cached
     def weights_TK(self) -> Tensor:
         """float32 [T, K], differentiable."""
         return self.weights_NK if self.decision_T is None else self.weights_NK[self.decision_T]
@@ -154,7 +154,7 @@ class Routing:
         token_P = torch.arange(tokens, device=ids_TK.device).repeat_interleave(slots, output_size=tokens * slots)
         return token_P, ids_TK.reshape(-1), weights_TK.reshape(-1)
 
-    @cached_property
+    @cached
     def plan(self) -> RoutePlan:
         """The dispatch plan of this decision, made once and shared by all linears that apply it."""
         from moe_kit_kernels import route_plan

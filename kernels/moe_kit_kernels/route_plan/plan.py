@@ -18,11 +18,11 @@ Sources: stable sort by expert as in MegaBlocks (arXiv 2211.15841); a tile map w
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from moe_kit_kernels.common.cached import cached
 from moe_kit_kernels.common.checks import fail
 
 
@@ -55,7 +55,7 @@ class RoutePlan:
         """Device of the index tensors."""
         return self.expert_P.device
 
-    @cached_property
+    @cached
     def token_P(self) -> Tensor:
         """[P] int64 token of each pair in the given order, in [0, T)."""
         if self.free_token_P is not None:
@@ -63,61 +63,61 @@ class RoutePlan:
         T, K = self.num_tokens, self.slots
         return torch.arange(T, device=self.device).view(T, 1).expand(T, K).reshape(-1)
 
-    @cached_property
+    @cached
     def counts_E(self) -> Tensor:
         """[E] int64 pairs of each expert, dropped pairs left out."""
         ones = torch.ones_like(self.expert_P)
         counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.device)
         return counts.scatter_add_(0, self.expert_P, ones)[: self.num_experts]
 
-    @cached_property
+    @cached
     def offsets_E1(self) -> Tensor:
         """[E + 1] int64 first sorted position of each expert; the last entry is the number of pairs not dropped."""
         offsets = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(self.counts_E, 0, out=offsets[1:])
         return offsets
 
-    @cached_property
+    @cached
     def ends_E(self) -> Tensor:
         """[E] int32 end of each expert's run in the sorted order: the `offs` that `torch` grouped_mm takes."""
         return self.offsets_E1[1:].to(torch.int32)
 
-    @cached_property
+    @cached
     def order_P(self) -> Tensor:
         """[P] int64 given positions in sorted order: by expert, stable, dropped pairs last."""
         # a narrow key sorts faster (radix passes on CUDA, less traffic on CPU)
         narrow = torch.int16 if self.num_experts < 2**15 else torch.int32
         return torch.sort(self.expert_P.to(narrow), stable=True).indices
 
-    @cached_property
+    @cached
     def inverse_P(self) -> Tensor:
         """[P] int64 sorted position of each given pair: `inverse_P[order_P] = arange(P)`."""
         positions = torch.arange(self.num_pairs, device=self.device)
         return torch.zeros_like(self.order_P).scatter_(0, self.order_P, positions)
 
-    @cached_property
+    @cached
     def sorted_token_P(self) -> Tensor:
         """[P] int64 token of each pair in sorted order."""
         return self.token_P.index_select(0, self.order_P)
 
-    @cached_property
+    @cached
     def sorted_expert_P(self) -> Tensor:
         """[P] int64 expert of each pair in sorted order; E for dropped pairs."""
         return self.expert_P.index_select(0, self.order_P)
 
-    @cached_property
+    @cached
     def gate_index_P(self) -> Tensor:
         """[P] int64 position of each pair in a flat [T, E + 1] table whose last column takes the dropped pairs."""
         return self.token_P * (self.num_experts + 1) + self.expert_P
 
-    @cached_property
+    @cached
     def token_order_P(self) -> Tensor:
         """[P] int64 given positions by token, stable. The identity when the pairs come from a [T, K] table."""
         if self.slots is not None:
             return torch.arange(self.num_pairs, device=self.device)
         return torch.sort(self.token_P, stable=True).indices
 
-    @cached_property
+    @cached
     def token_offsets_T1(self) -> Tensor:
         """[T + 1] int64 first position of each token in `token_order_P` (dropped pairs included)."""
         if self.slots is not None:
@@ -128,7 +128,7 @@ class RoutePlan:
         torch.cumsum(counts, 0, out=offsets[1:])
         return offsets
 
-    @cached_property
+    @cached
     def host_offsets(self) -> list[int]:
         """`offsets_E1` as Python integers, for loops on the CPU.
 
