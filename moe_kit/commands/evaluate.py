@@ -33,14 +33,16 @@ def main(arguments: list[str]) -> None:
     from moe_kit.evaluation.likelihood import answer_likelihood
     from moe_kit.evaluation.scores import mean_score
     from moe_kit.training.data import held_out_examples, load_examples
+    from moe_kit.training.models import matmul_precision
     from moe_kit.training.run import evaluate, load_run, training_examples
 
     console = Console(highlight=False)
     model, tokenizer, trained = load_run(folder)
     known = load_examples(trained.data, train_examples=training_examples(trained)).train
     sets = held_out_examples(recipe.data, known=known)
-    scores, _ = evaluate(model, tokenizer, sets, recipe, console, "held-out")
-    likelihood = answer_likelihood(model, tokenizer, sets.held_out, recipe.data, batch_size=recipe.eval.batch_size)
+    with matmul_precision(recipe.model.matmul_precision):
+        scores, _ = evaluate(model, tokenizer, sets, recipe, console, "held-out")
+        likelihood = answer_likelihood(model, tokenizer, sets.held_out, recipe.data, batch_size=recipe.eval.batch_size)
     table = Table(title=f"{folder}: exact match, % ± standard error")
     for name in ("task", "questions", "exact match", "nats an answer", "nats a token"):
         table.add_column(name, justify="left" if name == "task" else "right")

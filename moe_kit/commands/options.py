@@ -52,6 +52,8 @@ def parse_recipe(arguments: list[str], *, command: str, flags: dict[str, str]) -
         args=words,
         prog=f"moe-kit {command} {arguments[0]}",
         description=_help(command, flags),
+        # every option takes a value, yes-or-no ones too: --eval.zero_shot False
+        config=(tyro.conf.FlagConversionOff,),
     )
     # through plain values once more: types and ranges are checked in one place
     return recipe_from_dict(dataclasses.asdict(chosen)), given

@@ -74,13 +74,13 @@ def answer_likelihood(
     try:
         for start in range(0, len(order), batch_size):
             batch = collate([rows[i] for i in order[start : start + batch_size]])
-            ids, keep = batch.pop("example_ids"), batch["logits_to_keep"]
+            ids = batch.pop("example_ids")
             with torch.no_grad():
                 logits_BSV = model(
                     input_ids=batch["input_ids"].to(model.device),
                     attention_mask=batch["attention_mask"].to(model.device),
-                    logits_to_keep=keep,
-                ).logits[:, -keep:]
+                    logits_to_keep=batch["logits_to_keep"].to(model.device),
+                ).logits
             labels_BS = batch["labels"][:, 1:].to(model.device)
             loss_BS = torch.nn.functional.cross_entropy(
                 logits_BSV[:, :-1].float().transpose(1, 2), labels_BS, ignore_index=IGNORED, reduction="none"

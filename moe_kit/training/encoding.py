@@ -84,8 +84,8 @@ class Collator:
         >>> rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "example_id": "a"},
         ...         {"input_ids": [8, 9], "labels": [-100, 9], "example_id": "b"}]
         >>> batch = Collator(pad_token_id=0)(rows)
-        >>> batch["input_ids"].tolist(), batch["labels"].tolist(), batch["logits_to_keep"]
-        ([[5, 6, 7], [0, 8, 9]], [[-100, 6, 7], [-100, -100, 9]], 3)
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist(), batch["logits_to_keep"].tolist()
+        ([[5, 6, 7], [0, 8, 9]], [[-100, 6, 7], [-100, -100, 9]], [0, 1, 2])
     """
 
     pad_token_id: int
@@ -102,7 +102,7 @@ class Collator:
 
         Returns:
             `input_ids` and `attention_mask` [B, S], `labels` [B, S or the kept columns], `example_ids` (list of B
-            strings), and `logits_to_keep` when the head runs on the last columns only.
+            strings), and `logits_to_keep` (the kept columns' indices) when the head runs on the last columns only.
         """
         import torch
 
@@ -121,7 +121,9 @@ class Collator:
             labelled = int((labels_BS != IGNORED).any(0).int().argmax())
             keep = longest - max(labelled - 1, 0)
             batch["labels"] = labels_BS[:, -keep:]
-            batch["logits_to_keep"] = keep
+            # as indices, not as a number: the model then copies these columns into one block and multiplies it by the
+            # head once; a slice of columns is not contiguous, and is multiplied row by row
+            batch["logits_to_keep"] = torch.arange(longest - keep, longest)
         batch["example_ids"] = [row["example_id"] for row in rows]
         return batch
 

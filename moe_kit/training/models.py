@@ -34,7 +34,14 @@ from moe_kit.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["cache_dir", "load_model_and_tokenizer", "smollm2_folder", "tiny_model", "tiny_tokenizer"]
+__all__ = [
+    "cache_dir",
+    "load_model_and_tokenizer",
+    "matmul_precision",
+    "smollm2_folder",
+    "tiny_model",
+    "tiny_tokenizer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +207,23 @@ def load_model_and_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Multiply float32 matrices at this precision inside the block; the process's setting comes back after it.
+
+    Args:
+        name: `highest`, `high` or `medium`, as `torch.set_float32_matmul_precision` takes them.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _packaged_gguf() -> Path:

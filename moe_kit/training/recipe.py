@@ -48,6 +48,10 @@ class ModelConfig:
     dtype: str = "float32"
     """Type of the base weights: float32, bfloat16 or float16. Adapters stay in float32."""
 
+    matmul_precision: str = "highest"
+    """How float32 matrices are multiplied: `highest`, or `high` / `medium`, which use TF32 or bfloat16 units where the
+    processor has them (several times faster, inputs rounded to 8 to 10 bits, sums in float32)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
@@ -263,6 +267,10 @@ class Recipe:
         for name, value in not_negative.items():
             if value < 0:
                 raise ConfigError(f"{name}: got {value}, expected 0 or more")
+        if self.model.matmul_precision not in ("highest", "high", "medium"):
+            raise ConfigError(
+                f"model.matmul_precision: got {self.model.matmul_precision!r}, expected highest, high or medium"
+            )
         if data.too_long not in ("cut_prompt", "drop", "error"):
             raise ConfigError(f"data.too_long: got {data.too_long!r}, expected cut_prompt, drop or error")
         if data.eval_file and not data.file:

@@ -32,7 +32,7 @@ from moe_kit.evaluation.scores import Score, best_constants, score_answers, scor
 from moe_kit.training.data import Example, ExampleSets, load_examples
 from moe_kit.training.encoding import Collator, EncodedExamples
 from moe_kit.training.guard import guarded, last_checkpoint
-from moe_kit.training.models import load_model_and_tokenizer
+from moe_kit.training.models import load_model_and_tokenizer, matmul_precision
 from moe_kit.training.progress import StepReporter, counting, stepping
 from moe_kit.training.recipe import AdapterConfig, Recipe, load_recipe, recipe_to_yaml
 from moe_kit.training.results import Results, results_table, stored_scores, write_atomically, write_results
@@ -64,12 +64,19 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         TrainingError: The loss is not finite.
     """
     recipe.validate()
-    lora_scores, lora_note = stored_scores(recipe.eval.compare_row)
+    stored_scores(recipe.eval.compare_row)
     first = int(os.environ.get("RANK", "0")) == 0
     console = console or Console(highlight=False, quiet=not first)
     folder = Path(recipe.output_dir)
     if first:
         _prepare_folder(recipe, folder, resume)
+    with matmul_precision(recipe.model.matmul_precision):
+        return _run(recipe, folder, console, resume, first)
+
+
+def _run(recipe: Recipe, folder: Path, console: Console, resume: bool, first: bool) -> Results:
+    """Load, evaluate, train, evaluate, save and report, in this order."""
+    lora_scores, lora_note = stored_scores(recipe.eval.compare_row)
     began = time.perf_counter()
 
     console.print(f"[bold]1/4[/] loading {recipe.model.name} and the data")

@@ -96,7 +96,7 @@ def test_collator_keeps_ids_and_pads_left(tokenizer):
     assert batch["attention_mask"].sum(1).tolist() == [len(row["input_ids"]) for row in rows]
     assert batch["attention_mask"][:, -1].tolist() == [1, 1]
     # five label columns, and the one before them that predicts the first
-    assert batch["logits_to_keep"] == batch["labels"].shape[1] == 6
+    assert len(batch["logits_to_keep"]) == batch["labels"].shape[1] == 6
     wide = Collator(pad_token_id=3, answer_logits_only=False)(rows)
     assert wide["labels"].shape == wide["input_ids"].shape
     assert "logits_to_keep" not in wide

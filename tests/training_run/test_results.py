@@ -1,0 +1,79 @@
+"""The results table and its file."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from moe_kit.errors import CheckpointError, ConfigError
+from moe_kit.evaluation.scores import Score
+from moe_kit.training.results import (
+    Results,
+    read_results,
+    results_table,
+    stored_scores,
+    write_atomically,
+    write_results,
+)
+
+RESULTS = Results(
+    name="mixture_of_lora",
+    ours={"a": Score(accuracy=0.75, stderr=0.04, count=100), "b": Score(accuracy=0.5, stderr=0.03, count=100)},
+    constants={
+        "a": ("4", Score(accuracy=0.05, stderr=0.02, count=100)),
+        "b": ("x", Score(accuracy=0.0, stderr=0.0, count=100)),
+    },
+    lora={"a": Score(accuracy=0.7, stderr=0.05, count=100)},
+    lora_note="stored",
+    details={"steps": 3},
+)
+
+
+def render(results):
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(results_table(results))
+    return console.export_text()
+
+
+def test_gain_is_above_the_constant():
+    assert RESULTS.mean_gain == pytest.approx(60.0)
+    text = render(RESULTS)
+    assert "+70.0" in text
+    assert "+60.0" in text
+    assert "4: 5.0 ± 2.0" in text
+    assert "LoRA (stored)" in text
+    assert "zero-shot" not in text
+    # task b has no LoRA score, so neither has the mean
+    assert text.count(" - ") == 2
+
+
+def test_file_round_trip(tmp_path):
+    write_results(RESULTS, tmp_path / "results.json")
+    assert read_results(tmp_path / "results.json") == RESULTS
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a results file"):
+        read_results(tmp_path / "results.json")
+
+
+def test_a_failed_write_keeps_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_atomically(path, "old")
+    from pathlib import Path
+
+    def full(self, text, **kwargs):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_stored_row():
+    scores, note = stored_scores({"a": [50.0, 2.5], "note": "elsewhere"})
+    assert scores == {"a": Score(accuracy=0.5, stderr=0.025, count=0)}
+    assert note == "elsewhere"
+    with pytest.raises(ConfigError, match=r"eval.compare_row.a: got 50"):
+        stored_scores({"a": 50})
