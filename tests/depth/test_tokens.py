@@ -21,7 +21,11 @@ TOKEN = ("informed", "flexi", "mod")
 @torch.no_grad()
 def test_cached_generation_equals_recomputation(preset, family, attention):
     model = routed(preset, family, attention)
-    batch = padded_batch((9, 6))
+    for lengths in ((9, 6), (7, 7)):
+        check_caches(model, padded_batch(lengths))
+
+
+def check_caches(model, batch):
     expected = model.generate(**batch, **GREEDY, use_cache=False)
     share = layer_applications(model)
     assert (share[:, LAYERS // 2 + 1 :] < 1).float().mean() > 0, "no token skips here"
