@@ -1,7 +1,7 @@
 """`moe-kit`: the command line. Finds the command, runs it, and turns expected errors into one line and status 2.
 
-A command is a module with `main(arguments: list[str]) -> None`; it is imported only when it is called, so that
-`moe-kit --help` stays quick.
+A command is a module with `main(arguments: list[str])`, which returns an exit status or None; it is imported only
+when it is called, so that `moe-kit --help` stays quick.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("moe_kit.commands.generate", "answer a prompt with a saved adapter"),
     "inspect": ("moe_kit.commands.inspect", "what is adapted: modules, parameters, FLOPs, routers and their sharing"),
     "presets": ("moe_kit.commands.presets", "the routed methods, one line and a source each"),
+    "kernels": ("moe_kit.commands.kernels", "`kernels check`: compile every GPU kernel ahead of time, no GPU needed"),
 }
 
 _EXAMPLES = """\
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after `moe-kit`; those of the process by default.
 
     Returns:
-        Exit status: 0 done, 2 an error that the user can mend (printed in one paragraph), 130 interrupted.
+        Exit status: 0 done, 1 a check that failed, 2 an error that the user can mend (printed in one paragraph), 130 interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -62,14 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from moe_kit_kernels.errors import MoeKitError
 
     try:
-        import_module(COMMANDS[words[0]][0]).main(words[1:])
+        status = import_module(COMMANDS[words[0]][0]).main(words[1:])
     except MoeKitError as error:
         print(f"moe-kit {words[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nmoe-kit {words[0]}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _usage() -> str:

@@ -57,6 +57,15 @@ def test_help_teaches(capsys):
         assert word in out
 
 
+def test_kernel_check_passes_words_and_status_on(monkeypatch):
+    from moe_kit_kernels import aot
+
+    seen = []
+    monkeypatch.setattr(aot, "main", lambda words: seen.append(words) or 1)
+    assert main(["kernels", "check", "--arch", "sm_80"]) == 1
+    assert seen == [["--arch", "sm_80"]]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -72,6 +81,7 @@ def test_help_teaches(capsys):
         (["generate", "nowhere", "--prompt", "a"], "has no recipe.yaml"),
         (["generate", "nowhere", "--prompt", " "], "the prompt is empty"),
         (["presets", "x"], "expected no options"),
+        (["kernels", "chekc"], "expected 'check'"),
     ],
 )
 def test_mistakes_give_status_2_and_a_hint(words, message, tmp_path, capsys):

@@ -227,3 +227,26 @@ def test_upper_layers_adapt_only_those(tmp_path):
         model = wrap_model(model, AdapterConfig(preset=preset, upper_layers=1, settings={"r": 2}))
         trained = {name.split("layers.")[1][0] for name, p in model.named_parameters() if p.requires_grad}
         assert trained == {"1"}
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_lora", "quickstart_remix", "tiny"])
+def test_shipped_adapter_sections_fit_a_model(name):
+    from moe_kit.training.wrapping import adapter_config
+
+    model, _ = load_model_and_tokenizer("tiny")
+    section = load_recipe(name).adapter
+    # the tiny model has two layers
+    found = adapter_config(model, dataclasses.replace(section, upper_layers=1 if section.upper_layers else None))
+    for key, value in section.settings.items():
+        if key != "target_modules":
+            assert getattr(found, key) == value
+
+
+def test_quickstarts_share_their_data_and_layers():
+    recipes = [load_recipe(name) for name in ("quickstart", "quickstart_lora", "quickstart_remix")]
+    for other in recipes[1:]:
+        assert other.data == recipes[0].data
+        assert other.eval == dataclasses.replace(recipes[0].eval, compare_row=other.eval.compare_row)
+        assert (other.model, other.adapter.upper_layers) == (recipes[0].model, recipes[0].adapter.upper_layers)
+    ours, lora = (recipe.adapter.settings for recipe in recipes[:2])
+    assert ours["r"] * ours["top_k"] == lora["r"]
