@@ -51,6 +51,65 @@ def column_block(num_experts: int, rank: int) -> tuple[int, int]:
     return max(EB, 16 // LP), LP
 
 
+def row_tile(columns: int) -> int:
+    """Choose BM of the dense down kernel, so that its accumulator stays in registers.
+
+    Args:
+        columns: EB * LP.
+
+    Returns:
+        BM.
+    """
+    return 64 if columns <= 128 else 32
+
+
+UP_TILE = {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+"""Tile of the dense up kernel, with or without the base product inside."""
+
+
+SORTED_TILE = {"BN": 64, "num_warps": 8, "num_stages": 2}
+"""Tile of the sorted up kernel; its height follows the mean number of tokens an expert."""
+
+
+def up_columns(num_experts: int, rank: int) -> tuple[int, int]:
+    """Size the column block of the dense up kernel, which may cut an expert.
+
+    Args:
+        num_experts: E.
+        rank: L.
+
+    Returns:
+        BC, 16 to 64, and LP.
+    """
+    LP = _triton.next_power_of_2(rank)
+    return min(64, max(16, _triton.next_power_of_2(num_experts) * LP)), LP
+
+
+def rank_block(rank: int) -> int:
+    """Size the block of ranks of the sorted up kernel.
+
+    Args:
+        rank: L.
+
+    Returns:
+        BL, 16 to 64.
+    """
+    return min(64, max(16, _triton.next_power_of_2(rank)))
+
+
+def decode_tile(rank: int) -> tuple[int, int, int]:
+    """Choose the tile of the decode kernels.
+
+    Args:
+        rank: L.
+
+    Returns:
+        LP, BK (4096 elements together) and BN (at least eight elements a thread: one 128-bit load).
+    """
+    LP = _triton.next_power_of_2(rank)
+    return LP, max(16, 4096 // LP), max(64, 1024 // LP)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -87,7 +146,7 @@ def down_dense(
     if T == 0 or K == 0:
         return H_PL, dw_TK
     EB, LP = column_block(E, L)
-    BM, BK = 64 if EB * LP <= 128 else 32, 64
+    BM, BK = row_tile(EB * LP), 64
     grid = (_triton.cdiv(T, BM) * _triton.cdiv(E, EB),)
     lora_down_dense_kernel[grid](
         x_TD,
@@ -149,8 +208,8 @@ def up_dense(
     y_TO = H_PL.new_empty(T, O, dtype=out_dtype)
     if T == 0:
         return y_TO
-    EB, LP = column_block(E, L)
-    BM, BN, BK = 64, 128, 64
+    BC, LP = up_columns(E, L)
+    BM, BN, BK = UP_TILE["BM"], UP_TILE["BN"], UP_TILE["BK"]
     x_TD, W_OD, bias_O = linear if linear is not None else (H_PL, B_EOL[0], None)
     x_TD = _rows(x_TD)
     base_TO = None if base_TO is None else _rows(base_TO)
@@ -186,10 +245,10 @@ def up_dense(
         BM=BM,
         BN=BN,
         BK=BK,
-        EB=EB,
+        BC=BC,
         LP=LP,
-        num_warps=4,
-        num_stages=3,
+        num_warps=UP_TILE["num_warps"],
+        num_stages=UP_TILE["num_stages"],
     )
     return y_TO
 
@@ -246,7 +305,7 @@ def up_sorted(
         return y_TO
     H_PL = H_PL.contiguous()
     base_TO = None if base_TO is None else _rows(base_TO)
-    LP, BN = max(16, _triton.next_power_of_2(L)), 128
+    BL, BN = rank_block(L), SORTED_TILE["BN"]
     width = max(BN, _L2_BYTES // (T * y_TO.element_size()) // BN * BN)
     maps = [(p, tile_map(p, tile_height(T, E))) for p in slot_plans(plan)]
     for first in range(0, O, width):
@@ -278,9 +337,9 @@ def up_sorted(
                 PRECISION=precision(H_PL.dtype),
                 BM=tiles.rows,
                 BN=BN,
-                LP=LP,
-                num_warps=4,
-                num_stages=2,
+                BL=BL,
+                num_warps=SORTED_TILE["num_warps"],
+                num_stages=SORTED_TILE["num_stages"],
             )
     return y_TO
 
@@ -316,8 +375,7 @@ def decode(
     if T == 0:
         return y_TO
     H_PL = x_TD.new_empty(T * K, L, dtype=torch.float32)
-    LP, BN = _triton.next_power_of_2(L), 64
-    BK = max(16, 4096 // LP)
+    LP, BK, BN = decode_tile(L)
     if K:
         lora_decode_down_kernel[(T * K,)](
             x_TD, A_ELD, plan.expert_P, H_PL, D, E, L, x_TD.stride(0), *A_ELD.stride(), K=K, LP=LP, BK=BK, num_warps=4

@@ -8,8 +8,8 @@
     lora_up_sorted_kernel    the same sum for one slot on tokens sorted by expert: y is read, added to and written
     lora_decode_*_kernel     one program a pair (down) or a token (up): no sort, reads the chosen experts only
 
-Columns come in blocks of EB experts by LP ranks, both powers of two, so that no expert straddles a block and any rank
-works by masking; storage is never padded. Addresses are 64 bit, every tail is masked, products accumulate in fp32 in
+Columns are experts by LP ranks, LP a power of two, so that any rank works by masking; storage is never padded. In the
+down kernel no expert straddles a column block (EB whole experts), since its gate's gradient is a sum over the ranks. Addresses are 64 bit, every tail is masked, products accumulate in fp32 in
 one fixed order, there are no atomics: results repeat bit by bit.
 
 Shapes: T tokens, K slots a token, P = T*K pairs, E experts, D width in, O width out, L rank; BM x BN x BK tiles.
@@ -135,7 +135,7 @@ def lora_up_dense_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    EB: tl.constexpr,
+    BC: tl.constexpr,
     LP: tl.constexpr,
 ):
     """y [T, O] from H [T, K, L] and B [E, O, L], plus base [T, O] or x W^T + bias computed here."""
@@ -150,12 +150,13 @@ def lora_up_dense_kernel(
             acc, x_ptr + rows * stride_xt, w_ptr + cols.to(tl.int64) * stride_wo, mask_m, mask_n, D,
             1, stride_wd, EVEN_D, PRECISION, BK,
         )  # fmt: skip
-    c = tl.arange(0, EB * LP)
-    l = c % LP
-    for block in range(0, tl.cdiv(E, EB)):
-        e = block * EB + c // LP
+    # no pipeline here: staging the gathered slices of H would cost more shared memory than the tile itself
+    for block in tl.range(0, tl.cdiv(E * LP, BC), num_stages=1):
+        c = block * BC + tl.arange(0, BC)
+        e = c // LP
+        l = c % LP
         mask_c = (e < E) & (l < L)
-        gated = tl.zeros((BM, EB * LP), dtype=tl.float32)
+        gated = tl.zeros((BM, BC), dtype=tl.float32)
         for k in tl.static_range(K):
             pair = rows * K + k
             expert = tl.load(ids_ptr + pair, mask=mask_m, other=-1)
@@ -210,7 +211,7 @@ def lora_up_sorted_kernel(
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    LP: tl.constexpr,
+    BL: tl.constexpr,
 ):
     """Add one slot's contribution to the columns [first_column, end_column) of y; FIRST also takes the base over."""
     num_n = tl.cdiv(end_column - first_column, BN)
@@ -228,21 +229,24 @@ def lora_up_sorted_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     if expert < E:
-        l = tl.arange(0, LP)
         pair = token * K + slot
-        h = tl.load(h_ptr + pair[:, None] * L + l[None, :], mask=mask_m[:, None] & (l < L)[None, :], other=0.0)
-        h = h.to(tl.float32)
         if WEIGHTS:
-            h = h * (scale * tl.load(weights_ptr + pair, mask=mask_m, other=0.0))[:, None]
-        b = tl.load(
-            b_ptr
-            + expert.to(tl.int64) * stride_be
-            + l[:, None].to(tl.int64) * stride_bl
-            + cols[None, :].to(tl.int64) * stride_bo,
-            mask=(l < L)[:, None] & mask_n[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(h.to(b.dtype), b, acc, input_precision=PRECISION)
+            weight = scale * tl.load(weights_ptr + pair, mask=mask_m, other=0.0)
+        for block in tl.range(0, tl.cdiv(L, BL), num_stages=1):
+            l = block * BL + tl.arange(0, BL)
+            mask_l = l < L
+            h = tl.load(h_ptr + pair[:, None] * L + l[None, :], mask=mask_m[:, None] & mask_l[None, :], other=0.0)
+            if WEIGHTS:
+                h = (h.to(tl.float32) * weight[:, None]).to(b_ptr.dtype.element_ty)
+            b = tl.load(
+                b_ptr
+                + expert.to(tl.int64) * stride_be
+                + l[:, None].to(tl.int64) * stride_bl
+                + cols[None, :].to(tl.int64) * stride_bo,
+                mask=mask_l[:, None] & mask_n[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(h.to(b.dtype), b, acc, input_precision=PRECISION)
     y_ptrs = y_ptr + token[:, None] * O + cols[None, :]
     if FIRST:
         if BASE:
