@@ -18,6 +18,8 @@ from moe_kit.routing import (
     replay_routing,
     routing_inputs,
     routing_losses,
+    routing_metrics,
+    routing_step,
 )
 
 __version__ = "0.1.0.dev0"
@@ -47,6 +49,8 @@ __all__ = [
     "replay_routing",
     "routing_inputs",
     "routing_losses",
+    "routing_metrics",
+    "routing_step",
     "save_adapters",
 ]
 

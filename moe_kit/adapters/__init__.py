@@ -1,7 +1,8 @@
 """Routed adapters as a PEFT method: configuration, layer, tuner and presets."""
 
+from moe_kit.adapters.collapse import collapse_to_lora
 from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.layer import RoutedLayer
 from moe_kit.adapters.model import RoutedAdapterModel
 
-__all__ = ["RoutedAdapterConfig", "RoutedAdapterModel", "RoutedLayer"]
+__all__ = ["RoutedAdapterConfig", "RoutedAdapterModel", "RoutedLayer", "collapse_to_lora"]

@@ -5,6 +5,7 @@ This package imports no Hugging Face code.
 
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.metrics import routing_metrics
 from moe_kit.routing.policy import plackett_luce_log_prob, plackett_luce_set_log_prob, rloo_loss
 from moe_kit.routing.router import Router
 from moe_kit.routing.state import (
@@ -17,13 +18,16 @@ from moe_kit.routing.state import (
     routing_losses,
     weighted_routing_loss,
 )
+from moe_kit.routing.step import StepState, install_step_hook, routing_step
 
 __all__ = [
     "ModelRouting",
     "Router",
     "Routing",
     "RoutingContext",
+    "StepState",
     "force_experts",
+    "install_step_hook",
     "plackett_luce_log_prob",
     "plackett_luce_set_log_prob",
     "policy_gradient",
@@ -32,5 +36,7 @@ __all__ = [
     "rloo_loss",
     "routing_inputs",
     "routing_losses",
+    "routing_metrics",
+    "routing_step",
     "weighted_routing_loss",
 ]

@@ -72,7 +72,7 @@ class Router(nn.Module):
         self.detach_input = detach_input
         self.freeze = None
         if freeze_after is not None:
-            self.freeze = FreezeSchedule(freeze_after, [part for part in (score, select) if any(part.parameters())])
+            self.freeze = FreezeSchedule(freeze_after, [score, select])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # logits, thresholds and balance biases stay float32 when a model is cast: bfloat16 loses a step of 1e-3

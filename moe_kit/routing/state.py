@@ -29,6 +29,7 @@ class ModelRouting:
         inputs: what `routing_inputs` added.
         record: site -> ids of the last forward while recording, else None.
         overrides: fields of the context set by replay and forcing.
+        collapse_warned: sites whose collapse was logged.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class ModelRouting:
         self.inputs: dict[str, Any] = {}
         self.record: dict[str, Tensor] | None = None
         self.overrides: dict[str, Any] = {}
+        self.collapse_warned: set[str] = set()
 
     def __deepcopy__(self, memo: dict) -> ModelRouting:
         # a context holds graph tensors, which cannot be copied; a copied model starts without one

@@ -480,14 +480,9 @@ def decoding_with_a_cache_equals_the_full_pass(case, tmp_path):
     assert_close("next-token logits", step, whole)
 
 
-PENDING = {("remix/sequence", "decoding_with_a_cache_equals_the_full_pass"): "needs the cache hook of the model hooks"}
-
-
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("case", CASES)
-def test_rule(case, name, tmp_path, request):
-    if (case, name) in PENDING:
-        request.applymarker(pytest.mark.xfail(reason=PENDING[case, name], strict=False))
+def test_rule(case, name, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="moe_kit: the model was called without labels")
         if name not in CASES[case].breaks:
