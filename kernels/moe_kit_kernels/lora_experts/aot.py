@@ -112,10 +112,10 @@ def _sorted(name: str, O: int, E: int, L: int, K: int, *, rows: int) -> Variant:
         floats=("scale",),
         constants={
             **{"K": K, "FIRST": True, "WEIGHTS": True, "BASE": True, "PRECISION": "ieee"},
-            **{"BM": rows, "BN": launch.SORTED_TILE["BN"], "BL": launch.rank_block(L)},
+            **{"BM": rows, "BN": launch.sorted_tile(rows)["BN"], "BL": launch.rank_block(L)},
         },
-        num_warps=launch.SORTED_TILE["num_warps"],
-        num_stages=launch.SORTED_TILE["num_stages"],
+        num_warps=launch.sorted_tile(rows)["num_warps"],
+        num_stages=launch.sorted_tile(rows)["num_stages"],
         tile_rows=rows,
         wide_loads=O % 16 == 0,
     )

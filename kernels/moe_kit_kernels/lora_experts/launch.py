@@ -67,8 +67,16 @@ UP_TILE = {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 """Tile of the dense up kernel, with or without the base product inside."""
 
 
-SORTED_TILE = {"BN": 64, "num_warps": 8, "num_stages": 2}
-"""Tile of the sorted up kernel; its height follows the mean number of tokens an expert."""
+def sorted_tile(rows: int) -> dict[str, int]:
+    """Choose the tile of the sorted up kernel.
+
+    Args:
+        rows: BM, which follows the mean number of tokens an expert.
+
+    Returns:
+        BN, num_warps, num_stages.
+    """
+    return {"BN": 64, "num_warps": 8 if rows >= 64 else 2, "num_stages": 2}
 
 
 def up_columns(num_experts: int, rank: int) -> tuple[int, int]:
@@ -79,10 +87,10 @@ def up_columns(num_experts: int, rank: int) -> tuple[int, int]:
         rank: L.
 
     Returns:
-        BC, 16 to 64, and LP.
+        BC, 16 to 64 (narrow ranks keep more pointers alive and get 32), and LP.
     """
     LP = _triton.next_power_of_2(rank)
-    return min(64, max(16, _triton.next_power_of_2(num_experts) * LP)), LP
+    return min(32 if LP < 32 else 64, max(16, _triton.next_power_of_2(num_experts) * LP)), LP
 
 
 def rank_block(rank: int) -> int:
@@ -305,7 +313,8 @@ def up_sorted(
         return y_TO
     H_PL = H_PL.contiguous()
     base_TO = None if base_TO is None else _rows(base_TO)
-    BL, BN = rank_block(L), SORTED_TILE["BN"]
+    BL, tile = rank_block(L), sorted_tile(tile_height(T, E))
+    BN = tile["BN"]
     width = max(BN, _L2_BYTES // (T * y_TO.element_size()) // BN * BN)
     maps = [(p, tile_map(p, tile_height(T, E))) for p in slot_plans(plan)]
     for first in range(0, O, width):
@@ -338,8 +347,8 @@ def up_sorted(
                 BM=tiles.rows,
                 BN=BN,
                 BL=BL,
-                num_warps=SORTED_TILE["num_warps"],
-                num_stages=SORTED_TILE["num_stages"],
+                num_warps=tile["num_warps"],
+                num_stages=tile["num_stages"],
             )
     return y_TO
 

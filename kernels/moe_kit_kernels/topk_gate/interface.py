@@ -3,14 +3,17 @@
 Legend: T tokens, K slots a token, E experts.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape, fail
+from moe_kit_kernels.grouped_mm.backend import resolve_backend
 from moe_kit_kernels.topk_gate.cpu import ChosenWeights, stable_topk
 from moe_kit_kernels.topk_gate.reference import TopkGate, choice_scores, topk_gate_reference
 
-BACKENDS = ("auto", "dense", "reference")
+BACKENDS = ("auto", "dense", "triton", "reference")
 
 
 def topk_gate(
@@ -36,13 +39,14 @@ def topk_gate(
         top_groups: only the best of the groups may be chosen from; a group is worth the sum of its two best scores.
         renormalize: divide the weights by their sum over the chosen.
         scale: factor on the weights.
-        backend: "dense" (few passes, hand-written gradient), "reference" (the definition), "auto" = "dense".
+        backend: "dense" (few passes of plain PyTorch, hand-written gradient), "triton" (one kernel; no group limit),
+            "reference" (the definition), "auto" (Triton on a GPU where it serves, else dense).
 
     Returns:
         Ids [T, K] best first (equal values to the lowest index), weights [T, K] float32, counts [E].
 
     Raises:
-        KernelError: shapes that do not fit, k, groups, score or backend out of range.
+        KernelError: shapes that do not fit, k, groups, score or backend out of range, or Triton where it cannot run.
 
     Example:
         >>> gate = topk_gate(torch.tensor([[1.0, 3.0, 3.0, 0.0]]), 2)
@@ -79,6 +83,19 @@ def topk_gate(
             renormalize=renormalize,
             scale=scale,
         )
+    if backend == "triton":
+        resolve_backend(name, "triton", logits_TE.device)
+        if num_groups > 1 or logits_TE.dtype == torch.float64:
+            got = "with a group limit or float64 logits"
+            raise fail(name, "backend 'triton'", got, "neither", 'Use backend="auto", which runs "dense" here')
+    serves = num_groups == 1 and logits_TE.dtype != torch.float64 and E <= 4096
+    if backend == "triton" or (
+        backend == "auto" and serves and logits_TE.device.type == "cuda" and find_spec("triton")
+    ):
+        # Triton is imported by the first call that needs it
+        from moe_kit_kernels.topk_gate.triton_autograd import TritonGate
+
+        return TopkGate(*TritonGate.apply(logits_TE, bias_E, k, score, renormalize, float(scale)))
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     ids_TK = stable_topk(choice_scores(logits_TE.detach(), score, bias_E, num_groups, top_groups), k)
     weights_TK = ChosenWeights.apply(logits_TE, ids_TK, score, renormalize, scale)
