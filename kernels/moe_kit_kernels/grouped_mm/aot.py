@@ -16,7 +16,7 @@ _NUM_TILES, _EXPERTS = 300, 64
 
 def default_config(kernel: str, rows: int, arch: str, gated: bool, aligned: bool = True) -> dict[str, int]:
     """Return the default configuration as a launch on `arch` would take it, for 16-bit operands."""
-    config = {k: v for k, v in next(e for e in tuning._table("default")[kernel] if e["rows"] == rows).items()}
+    config = dict(next(entry for entry in tuning._table("default")[kernel] if entry["rows"] == rows))
     del config["rows"]
     if gated and kernel == "grouped_mm":
         config["BN"] = max(32, config["BN"] // 2)

@@ -152,7 +152,7 @@ def combine(y_PO: Tensor, plan: RoutePlan, weights_P: Tensor | None = None) -> T
     Args:
         y_PO: Rows in sorted order; rows of dropped pairs finite.
         plan: The routing.
-        weights_P: Weights in the given order; None = 1. Those of dropped pairs are not looked at where y is zero.
+        weights_P: Weights in the given order, finite; None = 1.
 
     Returns:
         `[T, O]` of `y_PO`'s dtype.

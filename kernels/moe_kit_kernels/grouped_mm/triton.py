@@ -5,7 +5,7 @@
     grouped_gram_kernel     dW_e = sum_p dz_p^T x_p and db_e = sum_p dz_p, every expert written
     combine_kernel          y_t = sum of the rows of t's pairs, in fp32, in slot order
 
-Addresses are 64 bit, every tail is masked, sums are fp32 in one fixed order, there are no atomics. Rows come through an
+Addresses are 64 bit (offsets inside a tile 32 bit), every tail is masked, sums are fp32 in one fixed order, there are no atomics. Rows come through an
 index in the load (gather) and leave through one in the store (scatter); the tile map (`tiles.py`) names a tile's expert.
 
 Shapes: P sorted rows, D contraction width, O width out, BM x BN x BK tiles.
@@ -206,7 +206,7 @@ def grouped_mm_kernel(
         w_columns = w_expert + offs_n.to(tl.int64) * stride_wo
         width = O * 2 if GATED else O
         bias_row = bias_ptr + expert.to(tl.int64) * width + offs_n
-        z_ptrs = z_ptr + rows.to(tl.int64)[:, None] * width + offs_n[None, :]
+        z_ptrs = z_ptr + start * width + (tl.arange(0, BM)[:, None] * width + offs_n[None, :])
         up = y
         if GATED:
             v_columns = w_expert + (offs_n.to(tl.int64) + O) * stride_wo
@@ -230,7 +230,7 @@ def grouped_mm_kernel(
             y *= tl.load(weight_ptr + target, mask=mask_m, other=0.0).to(tl.float32)[:, None]
     elif KEEP:
         width = O * 2 if GATED else O
-        z_ptrs = z_ptr + rows.to(tl.int64)[:, None] * width + offs_n[None, :]
+        z_ptrs = z_ptr + start * width + (tl.arange(0, BM)[:, None] * width + offs_n[None, :])
         tl.store(z_ptrs, y.to(z_ptr.dtype.element_ty), mask=mask)
         if GATED:
             tl.store(z_ptrs + O, y.to(z_ptr.dtype.element_ty), mask=mask)
@@ -298,20 +298,23 @@ def grouped_mm_dact_kernel(
         t = _product(dy_rows, w_columns, mask_m, mask_n, D, 1, stride_wd, EVEN_D, PRECISION, BM, BN, BK)
         target = tl.load(target_ptr + rows, mask=mask_m, other=0)
         weight = tl.load(weight_ptr + target, mask=mask_m, other=0.0).to(tl.float32)
+    # one 64-bit base a tile, 32-bit offsets inside it: half the registers of 64-bit addresses
     width = H * 2 if GATED else H
-    at = rows[:, None] * width + offs_n[None, :]
+    at = tl.arange(0, BM)[:, None] * width + offs_n[None, :]
+    z_ptr += start * width
+    dz_ptr += start * width
     z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
     h = _act(z, ACTIVATION)
     dh = t * weight[:, None]
     if GATED:
-        up = tl.load(z_ptr + at + H, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dz_ptr + at + H, (dh * h).to(dz_ptr.dtype.element_ty), mask=mask)
+        up = tl.load(z_ptr + H + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dz_ptr + H + at, (dh * h).to(dz_ptr.dtype.element_ty), mask=mask)
         tl.store(dz_ptr + at, (dh * up * _dact(z, ACTIVATION)).to(dz_ptr.dtype.element_ty), mask=mask)
         h = h * up
     else:
         tl.store(dz_ptr + at, (dh * _dact(z, ACTIVATION)).to(dz_ptr.dtype.element_ty), mask=mask)
-    wh = h * weight[:, None]
-    tl.store(wh_ptr + rows[:, None] * H + offs_n[None, :], wh.to(wh_ptr.dtype.element_ty), mask=mask)
+    wh_ptrs = wh_ptr + start * H + (tl.arange(0, BM)[:, None] * H + offs_n[None, :])
+    tl.store(wh_ptrs, (h * weight[:, None]).to(wh_ptr.dtype.element_ty), mask=mask)
     tl.store(dot_ptr + rows * num_n + column, tl.sum(tl.where(mask, t * h, 0.0), 1), mask=mask_m)
 
 

@@ -76,9 +76,9 @@ def narrow(config: Config) -> Config:
     Such loads go element by element and keep one address each in registers; half the inner tile makes room for them.
     """
     inner = "BR" if "BR" in config else "BK"
-    narrowed = {**config, inner: min(32, config[inner])}
-    if "BR" in config:
-        narrowed |= {"BO": min(64, config["BO"]), "BD": min(64, config["BD"])}
+    narrowed = {**config, inner: min(32, config[inner]), "num_stages": 1}
+    for outer in {"BO", "BD", "BN"} & set(config):
+        narrowed[outer] = min(32 if outer == "BN" else 64, config[outer])
     return narrowed
 
 

@@ -4,12 +4,11 @@ import os
 
 import pytest
 import torch
+from moe_kit_kernels import experts_mlp, grouped_mm, route_plan, route_plan_pairs
 
 from tests.tolerances import assert_close
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreter.py"
-
-from moe_kit_kernels import experts_mlp, grouped_mm, route_plan, route_plan_pairs
 
 # ids [T, K], E, D, H: widths below, at and above the tiles of 64 and 128
 EDGES = {
