@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +114,9 @@ def deliver(
         return
     if loss is None:
         _watch_policy(state)
+    if state.collects and auxiliary is not None:
+        state.collected = auxiliary
+        return
     if auxiliary is not None and not state.warned_no_loss:
         state.warned_no_loss = True
         warnings.warn(
@@ -120,6 +125,20 @@ def deliver(
             "`moe_kit.routing.weighted_routing_loss(model)` to that loss, or use moe_kit.RoutedTrainer, which does.",
             stacklevel=2,
         )
+
+
+@contextmanager
+def collecting(state: HookedRouting) -> Iterator[None]:
+    """Inside this block auxiliary losses that no model loss can take are kept in `state.collected`, without a warning.
+
+    Args:
+        state: routing state of the model.
+    """
+    state.collects, state.collected = True, None
+    try:
+        yield
+    finally:
+        state.collects = False
 
 
 def _device_of(output: Any) -> torch.device:

@@ -35,6 +35,8 @@ class HookedRouting(ModelRouting):
         carries: a router's decisions outlive the forward pass and ride on the cache.
         balances_globally: balance losses are those of the joined batch of all processes.
         wants_aux_loss: the caller of the present pass asked for `outputs.aux_loss`.
+        collects: auxiliary losses that no model loss can take are kept for the trainer.
+        collected: what was kept.
         warned_no_loss: the user was told that auxiliary losses got lost.
         watches_policy: an optimizer's next step is checked for a gradient of sampled routers.
     """
@@ -46,6 +48,8 @@ class HookedRouting(ModelRouting):
         self.carries = False
         self.balances_globally = False
         self.wants_aux_loss = False
+        self.collects = False
+        self.collected: Tensor | None = None
         self.warned_no_loss = False
         self.watches_policy = False
 

@@ -14,12 +14,13 @@ import functools
 import json
 import logging
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from moe_kit.errors import CheckpointError, MoeKitError
 
-__all__ = ["TrainingError", "guarded", "last_checkpoint"]
+__all__ = ["TrainingError", "guarded", "incomplete", "last_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,25 +34,29 @@ def guarded(base: type) -> type:
     """Make a trainer class whose runs stop at the first loss that is not finite.
 
     Args:
-        base: `transformers.Trainer` or a subclass.
+        base: `transformers.Trainer` or a subclass; one that is guarded already is returned as it is.
 
     Returns:
         A subclass of the same name. Its attribute `tokens_seen` counts real (unpadded) tokens.
     """
+
+    if hasattr(base, "tokens_seen"):
+        return base
 
     class Guarded(base):
         tokens_seen = 0
 
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             ids = inputs.pop("example_ids", None)
-            self.tokens_seen += int(inputs["attention_mask"].sum())
+            mask = inputs.get("attention_mask")
+            self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
             loss = super().training_step(model, inputs, *args, **kwargs)
             if not loss.isfinite().all():
                 good = last_checkpoint(self.args.output_dir)
                 raise TrainingError(
                     f"the loss is {float(loss.float().sum())} at step {self.state.global_step + 1}; batch: {ids}."
                     f" Last good checkpoint: {good or 'none'}."
-                    " Look at these examples, or lower train.learning_rate, then run again with --resume."
+                    " Look at these examples or lower the learning rate, then resume from it."
                 )
             return loss
 
@@ -87,20 +92,28 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name)):
             found.append((int(match[1]), path))
     for _, path in sorted(found, reverse=True):
-        reason = _broken(path)
+        reason = incomplete(path)
         if reason is None:
             return path
         logger.warning("%s is incomplete (%s): passed over", path, reason)
     return None
 
 
-def _broken(path: Path) -> str | None:
-    """Say why a checkpoint cannot be resumed from, or None."""
+def incomplete(path: Path) -> str | None:
+    """Say why a checkpoint cannot be resumed from.
+
+    Args:
+        path: A checkpoint's folder.
+
+    Returns:
+        The reason, or None if it is whole.
+    """
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"trainer_state.json: {error}"
-    weights = sorted(path.glob("*.safetensors"))
+    # adapters with a name of their own lie in sub-folders
+    weights = sorted(path.rglob("*.safetensors"))
     if not weights:
         return "no weights"
     from safetensors import SafetensorError, safe_open
@@ -112,4 +125,8 @@ def _broken(path: Path) -> str | None:
                 pass
         except (OSError, SafetensorError) as error:
             return f"{file.name}: {error}"
+    for file in sorted([*path.glob("*.pt"), *path.glob("*.pth")]):
+        # torch writes zip archives, whose table stands at the end
+        if not zipfile.is_zipfile(file):
+            return f"{file.name}: cut off"
     return None

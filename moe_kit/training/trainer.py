@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from moe_kit.errors import ConfigError
-from moe_kit.routing.state import policy_gradient
+from moe_kit.hf.delivery import collecting
+from moe_kit.hf.hooks import loss_share
+from moe_kit.routing.state import find_routing_state, policy_gradient
+from moe_kit.training.checkpoints import atomic
 from moe_kit.training.prefix import shared_prefix
 from moe_kit.training.rloo import (
     CREDITS,
@@ -71,7 +74,8 @@ def param_groups(model: nn.Module, lr: float, router_lr: float | None = None, we
     if router_lr is None:
         configs = getattr(model, "peft_config", {})
         router_lr = next((c.router_lr for c in configs.values() if getattr(c, "router_lr", None)), None)
-    routers, others = [], []
+    routers: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (routers if ".moe_adapter_router." in name else others).append(parameter)
@@ -81,8 +85,12 @@ def param_groups(model: nn.Module, lr: float, router_lr: float | None = None, we
     return [group for group in groups if group["params"]]
 
 
-class RoutedTrainer(Trainer):
+class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
     """transformers' Trainer that also trains sampled routers.
+
+    Auxiliary losses are added where the loss is not the model's own as well (label smoothing, `compute_loss_func`).
+    Checkpoints appear whole, by a rename; training stops at a loss that is not finite and names the step, the batch's
+    `example_ids` (where the collator keeps that column) and the last good checkpoint.
 
     Args:
         *args: as for `transformers.Trainer`.
@@ -97,7 +105,9 @@ class RoutedTrainer(Trainer):
         self.policy = policy or PolicyConfig()
         self.policy.validate()
         super().__init__(*args, **kwargs)
-        self._policy_metrics: dict[str, float] = {}
+        self._policy_metrics: dict[str, Tensor] = {}
+
+    optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The stock optimizer, with the routers' own learning rate where a configuration sets one.
@@ -131,13 +141,23 @@ class RoutedTrainer(Trainer):
             return_outputs: also return the model's outputs.
             num_items_in_batch: label tokens of the optimizer step.
         """
-        if not (model.training and torch.is_grad_enabled() and has_policy(model)):
+        if not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not has_policy(model):
+            loss, outputs = self._whole_loss(model, inputs, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
         bare = self.accelerator.unwrap_model(model)
         shifted = not getattr(bare.config, "is_encoder_decoder", False)
         labels, credit = inputs["labels"], self.policy.credit
+        if credit == "to_go" and not shifted:
+            raise ConfigError("credit='to_go' needs a causal model; use credit='sequence' with an encoder-decoder.")
         with policy_gradient(bare) as state, self._prefix(bare):
-            loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
+            loss, outputs = self._whole_loss(model, inputs, num_items_in_batch)
+            if credit == "sequence" and state.context.sequence_BS is not None:
+                raise ConfigError(
+                    "credit='sequence' needs one sequence a row, but documents are packed: train without packing, or "
+                    "with credit='to_go'."
+                )
             losses_BS = token_losses(outputs.logits.detach(), labels, shifted)
             samples = [sample_of(state, losses_BS, credit)]
             adapter_losses = [loss]
@@ -152,6 +172,23 @@ class RoutedTrainer(Trainer):
         self._note(samples, items)
         loss = torch.stack(adapter_losses).mean() + surrogate - surrogate.detach()
         return (loss, outputs) if return_outputs else loss
+
+    def _whole_loss(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
+        """The stock loss, with the auxiliary losses also where it is not the model's own."""
+        bare = self.accelerator.unwrap_model(model)
+        state = find_routing_state(bare)
+        own_loss = self.label_smoother is not None or self.compute_loss_func is not None
+        if state is None or not own_loss:
+            return super().compute_loss(model, dict(inputs), True, num_items)
+        with collecting(state):
+            loss, outputs = super().compute_loss(model, dict(inputs), True, num_items)
+        if state.collected is not None:
+            inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+            share = loss_share(inner, {**inputs, "num_items_in_batch": num_items})
+            loss = loss + share * state.collected.to(loss.device) * self._loss_factor(num_items)
+        return loss, outputs
 
     def _prefix(self, model: nn.Module) -> Any:
         from contextlib import nullcontext

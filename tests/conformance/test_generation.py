@@ -130,7 +130,7 @@ class TestPackedRows:
     DOCUMENTS = ([3, 4, 5, 6], [7, 8, 9], [10, 11])
 
     def packed(self):
-        ids = torch.tensor([sum(self.DOCUMENTS, [])])
+        ids = torch.tensor([[token for document in self.DOCUMENTS for token in document]])
         positions = torch.cat([torch.arange(len(document)) for document in self.DOCUMENTS])[None]
         return ids, positions
 
