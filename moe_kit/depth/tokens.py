@@ -334,6 +334,7 @@ def _mask_rows(mask: Tensor | None, index_BN: Tensor, keys: int, length: int) ->
     if mask is not None:
         rows = mask.expand(batch, *mask.shape[1:])
         return rows.gather(2, index_BN[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
-    past = keys - length
+    # several tokens without a mask start a sequence, whatever the room of a static cache; one token sees all keys
+    past = 0 if length > 1 else keys - 1
     allowed = torch.arange(keys, device=index_BN.device)[None, None] <= (index_BN + past)[..., None]
     return allowed[:, None]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from moe_kit.errors import RoutingError
 
@@ -198,9 +198,8 @@ def _fresh(layer: Any) -> Any:
     for name, value in vars(layer).items():
         if name.startswith("cumulative_length"):
             setattr(fresh, name, torch.zeros_like(value) if isinstance(value, Tensor) else 0)
-    if isinstance(fresh, DynamicSlidingWindowLayer):
-        mark_empty(fresh)
-    elif type(fresh).update is not DynamicLayer.update and not hasattr(fresh, "max_cache_len"):
+    known = isinstance(fresh, DynamicSlidingWindowLayer) or type(fresh).update is DynamicLayer.update
+    if not known and not isinstance(fresh, StaticLayer):
         raise RoutingError(
             f"a repeated layer needs a second cache slot, which moe_kit cannot make for {type(layer).__name__}: use a "
             "DynamicCache or a StaticCache."

@@ -144,10 +144,11 @@ def test_second_turn_obeys_the_first_on_one_cache(family, kind):
 def test_assisted_decoding_equals_plain(family):
     model, assistant = routed(family), tiny(family, seed=3)
     batch = padded_batch((7,))
-    with force_layers(model, routes(model)[:1]):
-        expected = model.generate(**batch, **GREEDY)
-        assert torch.equal(model.generate(**batch, **GREEDY, assistant_model=assistant), expected)
-        assert torch.equal(model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=3), expected)
+    for row in routes(model):
+        with force_layers(model, row[None]):
+            expected = model.generate(**batch, **GREEDY)
+            assert torch.equal(model.generate(**batch, **GREEDY, assistant_model=assistant), expected)
+            assert torch.equal(model.generate(**batch, **GREEDY, prompt_lookup_num_tokens=3), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
@@ -167,6 +168,34 @@ def test_skipped_layers_are_not_called_and_keep_no_keys(family):
     lengths = [cache.get_seq_length() for cache in out.past_key_values.layers[:LAYERS]]
     assert lengths == [9 if index in anchors else 0 for index in range(LAYERS)]
     assert len(out.hidden_states) == LAYERS + 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
+def test_rows_of_a_cache_may_be_reordered_repeated_and_selected(family):
+    model = routed(family)
+    table, batch, more = routes(model, 3), padded_batch((9, 5, 7)), padded_batch((2, 2, 2), seed=7)["input_ids"]
+    moves = {
+        "reorder": (lambda cache, rows: cache.reorder_cache(rows), [2, 0, 0]),
+        "select": (lambda cache, rows: cache.batch_select_indices(rows), [2, 1]),
+        "repeat": (lambda cache, rows: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    }
+    for move, order in moves.values():
+        rows = torch.tensor(order)
+        ids = torch.cat([batch["input_ids"][rows], more[rows]], 1)
+        mask = torch.cat([batch["attention_mask"][rows], torch.ones_like(more[rows])], 1)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with force_layers(model, table):
+            cache = model(**batch, position_ids=positions_of(batch), use_cache=True).past_key_values
+        move(cache, rows)
+        step = model(more[rows], attention_mask=mask, position_ids=positions[:, -2:], past_key_values=cache)
+        with force_layers(model, table[rows]):
+            whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        torch.testing.assert_close(step.logits, whole.logits[:, -2:], rtol=1e-4, atol=1e-4)
+
+
+def positions_of(batch):
+    return (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
 
 
 @torch.no_grad()

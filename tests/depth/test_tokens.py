@@ -8,6 +8,8 @@ from peft import get_peft_model
 
 from moe_kit import RoutedAdapterConfig, RoutingError, record_routing, replay_routing, routing_losses
 from moe_kit.depth import LayerRoutingConfig, force_layers, layer_applications, set_budget
+from moe_kit.depth.losses import LOSSES, Trace
+from moe_kit.depth.routers import ActionRouter
 from tests.depth.families import FAMILIES, LAYERS, padded_batch, tiny
 from tests.depth.test_routers import routed, scramble
 
@@ -180,6 +182,20 @@ def test_target_rate_is_reached_and_ignores_padding():
             model(**padded_batch((16, 3), seed=seed))
         shares.append(layer_applications(model)[:, 1:].mean())
     assert abs(float(torch.stack(shares).mean()) - 0.6) < 0.15
+
+
+def test_losses_are_what_their_formulas_say():
+    router = ActionRouter(LayerRoutingConfig.from_preset("first"), 4)
+    gates = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    mask = torch.tensor([True, True, False])
+    traces = [Trace(index, torch.zeros(3, 2), gate, mask, router) for index, gate in enumerate(gates)]
+    traces[0].dissimilarity_N = torch.tensor([0.5, 0.25, 9.0])
+    assert float(LOSSES["rate"](traces, 0.0)) == pytest.approx(0.5 + 1.0)
+    assert float(LOSSES["target"](traces, 0.4)) == pytest.approx(abs(0.6 - 0.75))
+    assert float(LOSSES["square"](traces, 0.0)) == pytest.approx((4 + 1) / 2)
+    assert float(LOSSES["similarity"](traces, 0.0)) == pytest.approx(0.25)
+    torch.nn.init.constant_(router.score.last.weight, 0.5)
+    assert float(LOSSES["weight"](traces, 0.0)) == pytest.approx(2 * 4 * 0.25)
 
 
 def test_capacity_takes_the_top_tokens_of_each_row_and_teaches_the_predictor():
