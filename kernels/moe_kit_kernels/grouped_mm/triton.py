@@ -381,8 +381,8 @@ def grouped_gram_kernel(
     dw_ptrs += offs_d.to(tl.int64)[None, :] * stride_wd
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask_o[:, None] & mask_d[None, :])
     if BIAS:
-        if tl.program_id(0) % num_d == 0:
-            tl.store(db_ptr + expert * O + offs_o, total.to(db_ptr.dtype.element_ty), mask=mask_o)
+        first_column = (offs_o * 0 + tl.program_id(0) % num_d) == 0
+        tl.store(db_ptr + expert * O + offs_o, total.to(db_ptr.dtype.element_ty), mask=mask_o & first_column)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from moe_kit_kernels import experts_mlp, grouped_mm, route_plan, route_plan_pairs
+from moe_kit_kernels import experts_mlp, grouped_mm, lora_grouped, route_plan, route_plan_pairs
 
 from tests.tolerances import assert_close
 
@@ -138,3 +138,20 @@ def test_repeats_bit_for_bit():
     results = [run(lambda t: experts_mlp(**t, expert_ids_TK=ids, backend="triton"), tensors, upstream) for _ in "ab"]
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
+
+
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("scatter", [True, False])
+@pytest.mark.parametrize("rank", [1, 5, 16, 70])
+@pytest.mark.parametrize("edge", ["balanced", "empty slots"])
+def test_lora_grouped(edge, rank, gather, scatter, poison_empty):
+    rows, E, D, _ = EDGES[edge]
+    ids, O = ids_of(rows), 18
+    tensors = {
+        "x": torch.randn(ids.shape[0] if gather else ids.numel(), D),
+        "weight_EOD": torch.randn(E, O, D),
+        "A_ELD": torch.randn(E, rank, D) / rank**0.5,
+        "B_EOL": torch.randn(E, O, rank),
+    }
+    options = {"plan": route_plan(ids, E), "gather": gather, "scatter": scatter, "scale": 0.5}
+    compare(lambda t, backend: lora_grouped(**t, **options, backend=backend), tensors, torch.randn(ids.numel(), O))
