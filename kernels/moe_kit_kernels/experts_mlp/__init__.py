@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape, fail
 from moe_kit_kernels.experts_mlp import cpu, reference
 from moe_kit_kernels.experts_mlp.autograd import ExpertsMLP
+from moe_kit_kernels.experts_mlp.ops import experts_mlp_op
 from moe_kit_kernels.grouped_mm.activations import ACTIVATIONS
 from moe_kit_kernels.grouped_mm.backend import resolve_backend
 from moe_kit_kernels.route_plan import RoutePlan, route_plan
@@ -86,6 +87,20 @@ def experts_mlp(
             up_bias_EF=up_bias_EF,
             down_bias_ED=down_bias_ED,
             activation=activation,
+        )
+    elif torch.compiler.is_compiling():
+        y_TD, _ = experts_mlp_op(
+            x_TD,
+            up_EFD,
+            down_EDH,
+            weights_P,
+            plan.token_P,
+            plan.expert_P,
+            up_bias_EF,
+            down_bias_ED,
+            plan.slots or 0,
+            activation,
+            name,
         )
     elif name == "triton":
         from moe_kit_kernels.experts_mlp.triton_autograd import ExpertsMLPTriton

@@ -11,7 +11,73 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.grouped_mm import launch
+from moe_kit_kernels.grouped_mm.tiles import TileMap
 from moe_kit_kernels.route_plan import RoutePlan
+
+
+def forward(
+    x_TD: Tensor,
+    up_EFD: Tensor,
+    down_EDH: Tensor,
+    weights_P: Tensor,
+    up_bias_EF: Tensor | None,
+    down_bias_ED: Tensor | None,
+    plan: RoutePlan,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, TileMap]:
+    """Return the result `[T, D]`, with `keep` the pre-activations `[P, F]`, and the tile map for the backward."""
+    tiles = launch.plan_tiles(plan)
+    gated = up_EFD.shape[1] == 2 * down_EDH.shape[2]
+    options = {"gather": True, "activation": activation, "gated": gated}
+    h_PH, z_PF = launch.product(x_TD, up_EFD, plan, tiles, bias_EO=up_bias_EF, keep=keep, **options)
+    y_PD, _ = launch.product(h_PH, down_EDH, plan, tiles, bias_EO=down_bias_ED)
+    return launch.combine(y_PD, plan, weights_P), z_PF, tiles
+
+
+def backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    up_EFD: Tensor,
+    down_EDH: Tensor,
+    plan: RoutePlan,
+    weights_P: Tensor,
+    down_bias_ED: Tensor | None,
+    z_PF: Tensor,
+    activation: str,
+    needs: tuple[bool, bool, bool, bool, bool, bool],
+    tiles: TileMap | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, up, down, weights, up bias and down bias; None where `needs` says so."""
+    tiles = launch.plan_tiles(plan) if tiles is None else tiles
+    need_x, need_up, need_down, need_weights, need_up_bias, need_down_bias = needs
+    gated = up_EFD.shape[1] == 2 * down_EDH.shape[2]
+    dx = d_up = d_down = dweights = d_up_bias = d_down_bias = None
+    dz_PF, wh_PH, dot_P = launch.through_activation(
+        dy_TD, down_EDH, z_PF, weights_P, plan, tiles, gather=True, activation=activation, gated=gated
+    )
+    if need_weights:
+        if down_bias_ED is not None:
+            expert_P = plan.sorted_expert_P.clamp_max(plan.num_experts - 1)
+            dy_PD = dy_TD.index_select(0, plan.sorted_token_P)
+            dot_P = dot_P + torch.linalg.vecdot(dy_PD, down_bias_ED.index_select(0, expert_P)).float()
+        dot_P = dot_P.masked_fill(plan.sorted_expert_P == plan.num_experts, 0)
+        dweights = dot_P.index_select(0, plan.inverse_P).to(weights_P.dtype)
+    if need_down:
+        d_down, _ = launch.gram(dy_TD, wh_PH, down_EDH, plan, gather_dz=True)
+    if need_down_bias:
+        # the sum over an expert's rows of w dy, as the bias of a product with one column of ones
+        w_P = weights_P.index_select(0, plan.order_P).float()
+        ones_P1 = torch.ones(plan.num_pairs, 1, dtype=dy_TD.dtype, device=dy_TD.device)
+        like_ED1 = down_EDH.new_empty(down_EDH.shape[0], down_EDH.shape[1], 1)
+        _, d_down_bias = launch.gram(dy_TD, ones_P1, like_ED1, plan, gather_dz=True, scale_P=w_P, bias=True)
+    if need_up or need_up_bias:
+        d_up, d_up_bias = launch.gram(dz_PF, x_TD, up_EFD, plan, gather_x=True, bias=need_up_bias)
+        d_up = d_up if need_up else None
+    if need_x:
+        dx_PD, _ = launch.product(dz_PF, up_EFD.transpose(1, 2), plan, tiles)
+        dx = launch.combine(dx_PD, plan)
+    return dx, d_up, d_down, dweights, d_up_bias, d_down_bias
 
 
 class ExpertsMLPTriton(torch.autograd.Function):
@@ -30,42 +96,27 @@ class ExpertsMLPTriton(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         """Return the result `[T, D]`."""
-        gated = up_EFD.shape[1] == 2 * down_EDH.shape[2]
-        tiles = launch.plan_tiles(plan)
-        options = {"gather": True, "activation": activation, "gated": gated}
         keep = any(ctx.needs_input_grad)
-        h_PH, z_PF = launch.product(x_TD, up_EFD, plan, tiles, bias_EO=up_bias_EF, keep=keep, **options)
-        y_PD, _ = launch.product(h_PH, down_EDH, plan, tiles, bias_EO=down_bias_ED)
+        y_TD, z_PF, tiles = forward(x_TD, up_EFD, down_EDH, weights_P, up_bias_EF, down_bias_ED, plan, activation, keep)
         ctx.save_for_backward(x_TD, up_EFD, down_EDH, weights_P, down_bias_ED, z_PF)
-        ctx.plan, ctx.tiles, ctx.options = plan, tiles, options
-        return launch.combine(y_PD, plan, weights_P)
+        ctx.plan, ctx.tiles, ctx.activation = plan, tiles, activation
+        return y_TD
 
     @staticmethod
     def backward(ctx, dy_TD: Tensor):
         """Return the gradients of x, up, down, weights and the biases."""
         x_TD, up_EFD, down_EDH, weights_P, down_bias_ED, z_PF = ctx.saved_tensors
-        plan, tiles = ctx.plan, ctx.tiles
-        need_x, need_up, need_down, need_weights, need_up_bias, need_down_bias = ctx.needs_input_grad[:6]
-        dx = d_up = d_down = dweights = d_up_bias = d_down_bias = None
-        dz_PF, wh_PH, dot_P = launch.through_activation(dy_TD, down_EDH, z_PF, weights_P, plan, tiles, **ctx.options)
-        if need_weights:
-            if down_bias_ED is not None:
-                expert_P = plan.sorted_expert_P.clamp_max(plan.num_experts - 1)
-                dy_PD = dy_TD.index_select(0, plan.sorted_token_P)
-                dot_P = dot_P + torch.linalg.vecdot(dy_PD, down_bias_ED.index_select(0, expert_P)).float()
-            dot_P = dot_P.masked_fill(plan.sorted_expert_P == plan.num_experts, 0)
-            dweights = dot_P.index_select(0, plan.inverse_P).to(weights_P.dtype)
-        if need_down:
-            d_down, _ = launch.gram(dy_TD, wh_PH, down_EDH, plan, gather_dz=True)
-        if need_down_bias:
-            # sum over an expert's rows of w dy: as its product with a column of ones
-            w_P = weights_P.index_select(0, plan.order_P).float()
-            ones_P1 = torch.ones(plan.num_pairs, 1, dtype=dy_TD.dtype, device=dy_TD.device)
-            like_ED1 = down_EDH.new_empty(down_EDH.shape[0], down_EDH.shape[1], 1)
-            _, d_down_bias = launch.gram(dy_TD, ones_P1, like_ED1, plan, gather_dz=True, scale_P=w_P, bias=True)
-        if need_up or need_up_bias:
-            d_up, d_up_bias = launch.gram(dz_PF, x_TD, up_EFD, plan, gather_x=True, bias=need_up_bias)
-        if need_x:
-            dx_PD, _ = launch.product(dz_PF, up_EFD.transpose(1, 2), plan, tiles)
-            dx = launch.combine(dx_PD, plan)
-        return dx, d_up if need_up else None, d_down, dweights, d_up_bias, d_down_bias, None, None
+        gradients = backward(
+            dy_TD,
+            x_TD,
+            up_EFD,
+            down_EDH,
+            ctx.plan,
+            weights_P,
+            down_bias_ED,
+            z_PF,
+            ctx.activation,
+            ctx.needs_input_grad[:6],
+            ctx.tiles,
+        )
+        return *gradients, None, None

@@ -276,3 +276,29 @@ def test_plan_must_fit_the_stack():
     ids = ids_of([[0, 1], [2, 1], [1, 3]])
     with pytest.raises(KernelError, match="num_experts"):
         experts_mlp(**case(ids, 4, dtype=torch.float32), expert_ids_TK=None, plan=route_plan(ids, 5))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+def test_compiles_as_one_graph(backend):
+    ids = ids_of([[0, 1], [2, 1], [1, -1]])
+    t = case(ids, 4, bias=True)
+    upstream = torch.randn(3, 10, dtype=torch.float64)
+    expected = run(lambda t: naive(ids, t), t, upstream)
+    compiled = torch.compile(lambda t: experts_mlp(**t, expert_ids_TK=ids), fullgraph=True, backend=backend)
+    compare(run(compiled, t, upstream), expected, t, torch.float64)
+
+
+def test_custom_operator_keeps_its_promises():
+    from moe_kit_kernels.experts_mlp.ops import experts_mlp_op
+    from torch.utils.flop_counter import FlopCounterMode
+
+    plan = route_plan(ids_of([[0, 1], [2, 1], [1, -1]]), 4)
+    t = case(ids_of([[0, 1], [2, 1], [1, -1]]), 4, bias=True, dtype=torch.float32)
+    leaves = [t[name].requires_grad_() for name in ("x_TD", "up_EFD", "down_EDH")]
+    weights_P = t["weights_TK"].reshape(-1).detach().requires_grad_()
+    arguments = (*leaves, weights_P, plan.token_P, plan.expert_P, t["up_bias_EF"], t["down_bias_ED"], 2, "silu", "cpu")
+    torch.library.opcheck(experts_mlp_op, arguments)
+    with FlopCounterMode(display=False) as counter:
+        experts_mlp_op(*arguments)[0].sum().backward()
+    # 6 pairs, D = 10, F = 14, H = 7; the backward makes twice the products of the forward
+    assert counter.get_total_flops() == 3 * 2 * 6 * 10 * (14 + 7)
