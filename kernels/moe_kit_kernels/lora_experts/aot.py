@@ -13,23 +13,25 @@ def variants(arch: str) -> list[Variant]:
     """Return the variants of the five kernels.
 
     Args:
-        arch: architecture; the tiles are the same everywhere.
+        arch: architecture; the tile of the base product depends on it.
 
     Returns:
         Aligned variants (4096 wide, bfloat16) at ranks 8 to 256, and odd ones (1001 wide, rank 5).
     """
     found = []
+    # AMD compilers get the smaller tiles
+    capability = int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0
     for name, E, L, K in (("8x8", 8, 8, 2), ("64x64", 64, 64, 8), ("4x256", 4, 256, 2)):
         found.append(_down(f"aligned-{name}", 4096, E, L, K, backward=False))
         found.append(_down(f"backward-{name}", 4096, E, L, K, backward=True))
-        found.append(_up(f"aligned-{name}", 4096, E, L, K, linear=False))
-        found.append(_up(f"linear-{name}", 4096, E, L, K, linear=True))
+        found.append(_up(f"aligned-{name}", 4096, E, L, K, capability, linear=False))
+        found.append(_up(f"linear-{name}", 4096, E, L, K, capability, linear=True))
         found.append(_sorted(f"aligned-{name}", 4096, E, L, K, rows=128))
         found.append(_decode_down(name, 4096, E, L, K))
         found.append(_decode_up(name, 4096, E, L, K))
     found.append(_down("odd", 1001, 3, 5, 2, backward=True))
-    found.append(_up("dx-8x8", 4096, 8, 8, 2, linear=True, transposed=True))
-    found.append(_up("odd", 1001, 3, 5, 2, linear=True))
+    found.append(_up("dx-8x8", 4096, 8, 8, 2, capability, linear=True, transposed=True))
+    found.append(_up("odd", 1001, 3, 5, 2, capability, linear=True))
     found.append(_sorted("rows-16", 4096, 64, 16, 2, rows=16))
     found.append(_sorted("odd", 1001, 3, 5, 2, rows=64))
     return found
@@ -64,8 +66,11 @@ def _down(name: str, D: int, E: int, L: int, K: int, *, backward: bool) -> Varia
     )
 
 
-def _up(name: str, D: int, E: int, L: int, K: int, *, linear: bool, transposed: bool = False) -> Variant:
+def _up(
+    name: str, D: int, E: int, L: int, K: int, capability: int, *, linear: bool, transposed: bool = False
+) -> Variant:
     BC, LP = launch.up_columns(E, L)
+    tile = launch.up_tile(linear, capability)
     stride_o, stride_l = (1, D) if transposed else (L, 1)
     stride_wo, stride_wd = (1, D) if transposed else (D, 1)
     return Variant(
@@ -86,11 +91,11 @@ def _up(name: str, D: int, E: int, L: int, K: int, *, linear: bool, transposed: 
         constants={
             **{"K": K, "WEIGHTS": not transposed, "BASE": not linear, "LINEAR": linear, "BIAS": False},
             **{"EVEN_D": D % 64 == 0, "PRECISION": "ieee", "BC": BC, "LP": LP},
-            **{"BM": launch.UP_TILE["BM"], "BN": launch.UP_TILE["BN"], "BK": launch.UP_TILE["BK"]},
+            **{"BM": tile["BM"], "BN": tile["BN"], "BK": tile["BK"]},
         },
-        num_warps=launch.UP_TILE["num_warps"],
-        num_stages=launch.UP_TILE["num_stages"],
-        tile_rows=launch.UP_TILE["BM"],
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+        tile_rows=tile["BM"],
         wide_loads=D % 16 == 0,
     )
 

@@ -63,8 +63,26 @@ def row_tile(columns: int) -> int:
     return 64 if columns <= 128 else 32
 
 
-UP_TILE = {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
-"""Tile of the dense up kernel, with or without the base product inside."""
+def up_tile(linear: bool, capability: int) -> dict[str, int]:
+    """Choose the tile of the dense up kernel.
+
+    Args:
+        linear: the base product is inside.
+        capability: compute capability times ten. From 100 on accumulators live outside of the registers, so that the
+            base product can have a taller tile; before, it would spill.
+
+    Returns:
+        BM, BN, BK, num_warps, num_stages.
+    """
+    tall = linear and capability >= 100
+    return {"BM": 128 if tall else 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def sorted_tile(rows: int) -> dict[str, int]:
@@ -217,7 +235,8 @@ def up_dense(
     if T == 0:
         return y_TO
     BC, LP = up_columns(E, L)
-    BM, BN, BK = UP_TILE["BM"], UP_TILE["BN"], UP_TILE["BK"]
+    tile = up_tile(linear is not None, _capability(H_PL.device))
+    BM, BN, BK = tile["BM"], tile["BN"], tile["BK"]
     x_TD, W_OD, bias_O = linear if linear is not None else (H_PL, B_EOL[0], None)
     x_TD = _rows(x_TD)
     base_TO = None if base_TO is None else _rows(base_TO)
@@ -255,8 +274,8 @@ def up_dense(
         BK=BK,
         BC=BC,
         LP=LP,
-        num_warps=UP_TILE["num_warps"],
-        num_stages=UP_TILE["num_stages"],
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
     )
     return y_TO
 

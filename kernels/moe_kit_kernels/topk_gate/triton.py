@@ -22,7 +22,7 @@ def _scores(x, SOFTMAX: tl.constexpr):
         e = tl.exp(x - tl.max(x, axis=1)[:, None])
         return e / tl.sum(e, axis=1)[:, None]
     else:
-        return 1.0 / (1.0 + tl.exp(-x))
+        return tl.sigmoid(x)
 
 
 @triton.jit
@@ -106,7 +106,8 @@ def topk_gate_backward_kernel(
     s = _scores(x, SOFTMAX)
     g = tl.zeros((BM, EP), dtype=tl.float32)
     chosen = tl.zeros((BM, EP), dtype=tl.int32)
-    for k in tl.static_range(K):
+    # a real loop: unrolled, the loads of all slots are alive at once
+    for k in range(K):
         expert = tl.load(ids_ptr + rows * K + k, mask=mask_m, other=0)
         dw = tl.load(dw_ptr + rows * K + k, mask=mask_m, other=0.0)
         here = e[None, :] == expert[:, None]
@@ -114,8 +115,9 @@ def topk_gate_backward_kernel(
         chosen += here.to(tl.int32)
     g = g * scale
     if RENORMALIZE:
-        total = tl.sum(tl.where(chosen > 0, s, 0.0), axis=1) + epsilon
-        ds = tl.where(chosen > 0, (g - (tl.sum(g * s, axis=1) / total)[:, None]) / total[:, None], 0.0)
+        # one reciprocal a row: a division an element takes a slow path with a stack of its own
+        inverse = 1.0 / (tl.sum(tl.where(chosen > 0, s, 0.0), axis=1) + epsilon)
+        ds = tl.where(chosen > 0, (g - (tl.sum(g * s, axis=1) * inverse)[:, None]) * inverse[:, None], 0.0)
     else:
         ds = g
     if SOFTMAX:

@@ -17,7 +17,7 @@ from moe_kit_kernels.topk_gate.triton import topk_gate_backward_kernel, topk_gat
 
 
 def block_rows(num_experts: int) -> tuple[int, int]:
-    """Size a program: about 2048 scores in registers.
+    """Size a program: about 1024 scores in registers.
 
     Args:
         num_experts: E.
@@ -26,7 +26,7 @@ def block_rows(num_experts: int) -> tuple[int, int]:
         BM and EP.
     """
     EP = _triton.next_power_of_2(num_experts)
-    return max(1, min(64, 2048 // EP)), EP
+    return max(1, min(64, 1024 // EP)), EP
 
 
 class TritonGate(torch.autograd.Function):
