@@ -154,7 +154,8 @@ def fit(
         resume: Go on from the last whole checkpoint in `folder`, if there is one.
 
     Returns:
-        `steps`, `train_seconds` and `tokens` of this run (not counting what was done before a resume), `final_loss`.
+        `steps`, `train_seconds` and `tokens` of this process in this run (not counting what was done before a resume),
+        `processes`, `final_loss`.
 
     Raises:
         ConfigError: `train.trainer` has a field that the trainer's arguments lack.
@@ -193,6 +194,7 @@ def fit(
         "steps": trainer.state.global_step,
         "train_seconds": round(time.perf_counter() - began, 1),
         "tokens": trainer.tokens_seen,
+        "processes": trainer.args.world_size,
         "final_loss": losses[-1] if losses else None,
     }
 
@@ -378,7 +380,9 @@ def _trainer_arguments(recipe: Recipe, folder: Path) -> dict[str, Any]:
         "data_seed": train.seed,
         # the collator makes exactly what the model takes, and the guard takes the ids out
         "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        # without this, several processes on CPUs would each train alone
+        "use_cpu": not torch.accelerator.is_available(),
         # our own line replaces tqdm's bar
         "disable_tqdm": True,
         **train.trainer,
@@ -437,7 +441,8 @@ def _shown(examples: tuple[Example, ...], answers: list[str], count: int) -> lis
 
 
 def _to_device(model: Any) -> Any:
-    """Move a model to the GPU if there is one."""
+    """Move a model to the accelerator if there is one."""
     import torch
 
-    return model.to("cuda") if torch.cuda.is_available() else model
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model.to(accelerator) if accelerator else model

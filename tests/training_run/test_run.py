@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,3 +254,17 @@ def test_quickstarts_share_their_data_and_layers():
         assert (other.model, other.adapter.upper_layers) == (recipes[0].model, recipes[0].adapter.upper_layers)
     ours, lora = (recipe.adapter.settings for recipe in recipes[:2])
     assert ours["r"] * ours["top_k"] == lora["r"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(tmp_path):
+    script = Path(__file__).parents[2] / "train" / "finetune.py"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    words += ["tiny", "--output_dir", str(tmp_path / "out"), "--train.max_steps", "2", "--train.save_steps", "1"]
+    words += ["--train.warmup_steps", "1", "--data.eval_examples", "2", "--eval.zero_shot", "False"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_results(tmp_path / "out" / "results.json").details["processes"] == 2
+    # only the first process prints
+    assert done.stdout.count("1/4") == 1
