@@ -173,6 +173,19 @@ def check_policy(state: HookedRouting) -> None:
         raise ConfigError(f"the router at {site} {_NEEDS_POLICY}")
 
 
+def zero_of_policy(state: HookedRouting) -> Tensor | float:
+    """Zero that depends on sampled routers.
+
+    Data-parallel training looks for unused parameters in the output of the forward pass and refuses a gradient that
+    reaches one of them later, as that of a policy gradient does.
+
+    Args:
+        state: routing state of the model.
+    """
+    terms = [routing.log_prob_N.sum() for _, routing, _ in state.context.registered if routing.log_prob_N is not None]
+    return 0.0 * torch.stack(terms).sum() if terms else 0.0
+
+
 def _unguided(state: HookedRouting) -> list[tuple[str, nn.Module]]:
     if state.context.policy_gradient:
         return []

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_kit.hf.batch import IGNORED_LABEL, encoder_context, main_context, shifts_labels
-from moe_kit.hf.delivery import check_policy, check_reentrant, deliver, strip_request, withdraw
+from moe_kit.hf.delivery import check_policy, check_reentrant, deliver, strip_request, withdraw, zero_of_policy
 from moe_kit.routing.context import RoutingContext
+from moe_kit.routing.joined import all_mean
 from moe_kit.routing.state import ATTRIBUTE, ModelRouting
 
 _HOOKS = "moe_routing_hooks"
@@ -33,7 +34,6 @@ class HookedRouting(ModelRouting):
         encoder_context: the encoder's side of the pass of an encoder-decoder model, else None.
         part: the part of the model that is run on its own, if any.
         carries: a router's decisions outlive the forward pass and ride on the cache.
-        balances_globally: balance losses are those of the joined batch of all processes.
         wants_aux_loss: the caller of the present pass asked for `outputs.aux_loss`.
         collects: auxiliary losses that no model loss can take are kept for the trainer.
         collected: what was kept.
@@ -46,7 +46,6 @@ class HookedRouting(ModelRouting):
         self.encoder_context: RoutingContext | None = None
         self.part: nn.Module | None = None
         self.carries = False
-        self.balances_globally = False
         self.wants_aux_loss = False
         self.collects = False
         self.collected: Tensor | None = None
@@ -176,9 +175,13 @@ def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) 
         deliver(state, module, loss, arguments, output)
         return None
     auxiliary = state.total_loss()
-    if auxiliary is None:
+    total = loss
+    if auxiliary is not None:
+        total = total + loss_share(module, arguments) * auxiliary.to(loss.device)
+    if state.context.policy_gradient and torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = total + zero_of_policy(state)
+    if total is loss:
         return None
-    total = loss + loss_share(module, arguments) * auxiliary.to(loss.device)
     if isinstance(output, tuple):
         return (total, *output[1:])
     output.loss = total
@@ -214,8 +217,7 @@ def loss_share(module: nn.Module, arguments: dict[str, Any]) -> Tensor | float:
     local = (labels != IGNORED_LABEL).sum().float()
     state: HookedRouting | None = module.__dict__.get(ATTRIBUTE)
     if state is not None and state.balances_globally:
-        torch.distributed.all_reduce(local)
-        local = local / torch.distributed.get_world_size()
+        local = all_mean(local)
     return local / items
 
 

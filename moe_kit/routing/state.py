@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_kit.errors import RoutingError
 from moe_kit.routing.balance import BalanceLoss, mean_loss, stack_routings
 from moe_kit.routing.context import RoutingContext
+from moe_kit.routing.joined import joined
 
 ATTRIBUTE = "moe_routing_state"
 
@@ -30,6 +31,7 @@ class ModelRouting:
         record: site -> ids of the last forward while recording, else None.
         overrides: fields of the context set by replay and forcing.
         collapse_warned: sites whose collapse was logged.
+        balances_globally: auxiliary losses are those of the joined batch of all processes.
     """
 
     def __init__(self) -> None:
@@ -38,6 +40,7 @@ class ModelRouting:
         self.record: dict[str, Tensor] | None = None
         self.overrides: dict[str, Any] = {}
         self.collapse_warned: set[str] = set()
+        self.balances_globally = False
 
     def __deepcopy__(self, memo: dict) -> ModelRouting:
         # a context holds graph tensors, which cannot be copied; a copied model starts without one
@@ -57,7 +60,7 @@ class ModelRouting:
         """End the forward pass: compute auxiliary losses, record ids, stop registering."""
         context = self.context
         context.is_open = False
-        context.closed_losses = auxiliary_losses(context)
+        context.closed_losses = auxiliary_losses(context, self.balances_globally)
         if self.record is not None:
             self.record.update({site: routing.expert_ids_NK.detach() for site, routing, _ in context.registered})
 
@@ -76,11 +79,12 @@ class ModelRouting:
         return torch.stack(terms).sum() if terms else None
 
 
-def auxiliary_losses(context: RoutingContext) -> dict[str, Tensor]:
+def auxiliary_losses(context: RoutingContext, across: bool = False) -> dict[str, Tensor]:
     """Unscaled auxiliary losses of the routers registered in a pass, each averaged over its sites.
 
     Args:
         context: a pass.
+        across: balance the joined batch of all processes.
 
     Returns:
         name -> scalar. Names are those of `Router.losses`.
@@ -95,7 +99,7 @@ def auxiliary_losses(context: RoutingContext) -> dict[str, Tensor]:
     for name, (loss, routings) in wanted.items():
         key = tuple(id(routing) for routing in routings)
         if key not in stacks:
-            stacks[key] = stack_routings(routings)
+            stacks[key] = [joined(stack) if across else stack for stack in stack_routings(routings)]
         losses[name] = mean_loss(loss, stacks[key])
     return losses
 
