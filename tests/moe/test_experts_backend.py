@@ -214,3 +214,14 @@ def test_registering_loads_no_kernel():
         " and m != 'moe_kit_kernels.errors'], sorted(m for m in sys.modules if m.startswith('moe_kit_kernels'))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
+def test_experts_compile_as_one_graph(name):
+    model = build(name)
+    experts = next(m for n, m in model.named_modules() if n.endswith("mlp.experts"))
+    x, weights = torch.randn(7, 32), torch.rand(7, 2)
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    expected = experts_backend.experts_forward(experts, x, ids, weights)
+    compiled = torch.compile(experts_backend.experts_forward, fullgraph=True, backend="aot_eager")
+    assert_close("y", compiled(experts, x, ids, weights), expected)

@@ -13,6 +13,7 @@ from moe_kit_kernels.grouped_mm import reference
 from moe_kit_kernels.grouped_mm.activations import ACTIVATIONS
 from moe_kit_kernels.grouped_mm.autograd import GroupedMM
 from moe_kit_kernels.grouped_mm.backend import resolve_backend
+from moe_kit_kernels.grouped_mm.ops import grouped_mm_op
 from moe_kit_kernels.route_plan import RoutePlan
 
 __all__ = ["grouped_mm"]
@@ -74,6 +75,24 @@ def grouped_mm(
     options = {"gather": gather, "scatter": scatter, "activation": activation, "gated": gated}
     if name == "reference":
         y = reference.grouped_mm(x, weight_EOD, plan, bias_EO=bias_EO, weights=weights, residual=residual, **options)
+    elif torch.compiler.is_compiling():
+        weights_P = None if weights is None else weights.reshape(-1)
+        y = grouped_mm_op(
+            x,
+            weight_EOD,
+            bias_EO,
+            weights_P,
+            residual,
+            plan.token_P,
+            plan.expert_P,
+            plan.num_tokens,
+            plan.slots or 0,
+            gather,
+            scatter,
+            activation or "",
+            gated,
+            name,
+        )
     elif name == "triton":
         from moe_kit_kernels.grouped_mm.triton_autograd import grouped_mm as triton_grouped_mm
 

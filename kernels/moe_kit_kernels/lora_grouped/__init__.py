@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape
+from moe_kit_kernels.grouped_mm import grouped_mm
 from moe_kit_kernels.grouped_mm.backend import resolve_backend
 from moe_kit_kernels.lora_grouped import reference
 from moe_kit_kernels.lora_grouped.autograd import LoraGrouped
@@ -77,6 +78,11 @@ def lora_grouped(
     x, A_ELD, B_EOL = x.to(compute), A_ELD.to(compute), B_EOL.to(compute)
     if name == "reference":
         y = reference.lora_grouped(x, weight_EOD, A_ELD, B_EOL, plan, gather=gather, scatter=scatter, scale=scale)
+    elif torch.compiler.is_compiling():
+        # three grouped products: each is one operator of the graph
+        h_PL = grouped_mm(x, A_ELD, plan, gather=gather, backend=name) * scale
+        base_PO = grouped_mm(x, weight_EOD, plan, gather=gather, scatter=scatter, backend=name)
+        y = grouped_mm(h_PL, B_EOL, plan, scatter=scatter, residual=base_PO, backend=name)
     else:
         y = LoraGrouped.apply(x, weight_EOD, A_ELD, B_EOL, plan, gather, scatter, scale, name)
     return y.to(dtype)

@@ -150,3 +150,37 @@ def test_errors_say_what_is_wrong(change, match):
     arguments = {"x": torch.zeros(4, 4), "weight_EOD": torch.zeros(3, 6, 4), "plan": plan, **change}
     with pytest.raises(KernelError, match=match):
         grouped_mm(**arguments)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_compiles_as_one_graph(option):
+    ids = ids_of([[0, 1], [2, -1], [1, 2]])
+    options = dict(OPTIONS[option])
+    width = O // 2 if options.get("gated") else O
+    t = {
+        "x": torch.randn(3, D, dtype=torch.float64),
+        "weight_EOD": torch.randn(3, O, D, dtype=torch.float64),
+        "bias_EO": torch.randn(3, O, dtype=torch.float64) if options.pop("bias", False) else None,
+        "weights": torch.rand(3, 2, dtype=torch.float64) if options.pop("weights", False) else None,
+        "residual": torch.randn(6, width, dtype=torch.float64) if options.pop("residual", False) else None,
+    }
+    upstream = torch.randn(6, width, dtype=torch.float64)
+    expected = run(lambda t: naive(t, ids, True, True, **options), t, upstream)
+
+    def function(t):
+        return grouped_mm(**t, plan=route_plan(ids, 3), gather=True, scatter=True, **options)
+
+    actual = run(torch.compile(function, fullgraph=True, backend="aot_eager"), t, upstream)
+    for name, value in expected.items():
+        if value is not None:
+            assert_close(name, actual[name], value)
+
+
+def test_custom_operator_keeps_its_promises():
+    from moe_kit_kernels.grouped_mm.ops import grouped_mm_op
+
+    plan = route_plan(ids_of([[0, 1], [2, 1]]), 3)
+    x, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((2, D), (3, O, D), (3, O)))
+    weights_P, residual = torch.rand(4, requires_grad=True), torch.randn(4, O // 2, requires_grad=True)
+    options = (plan.token_P, plan.expert_P, 2, 2, True, False, "silu", True, "cpu")
+    torch.library.opcheck(grouped_mm_op, (x, weight, bias, weights_P, residual, *options))

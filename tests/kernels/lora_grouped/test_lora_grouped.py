@@ -106,3 +106,17 @@ def test_errors_say_what_is_wrong(change, match):
     ids, t = case([[0, 1], [2, 1]], 3, True, torch.float32)
     with pytest.raises(KernelError, match=match):
         lora_grouped(**{**t, "plan": route_plan(ids, 3), "gather": True, **change})
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+def test_compiles_as_one_graph(scatter):
+    ids, t = case(EDGES["empty slots"][0], 2, True)
+    upstream = torch.randn(ids.numel(), O, dtype=torch.float64)
+    expected = run(lambda t: naive(t, ids, True, scatter, 0.7), t, upstream)
+
+    def function(t):
+        return lora_grouped(**t, plan=route_plan(ids, 2), gather=True, scatter=scatter, scale=0.7)
+
+    actual = run(torch.compile(function, fullgraph=True, backend="aot_eager"), t, upstream)
+    for name, value in expected.items():
+        assert_close(name, actual[name], value)
