@@ -17,6 +17,7 @@ from moe_kit.adapters.presets import PRESETS
 from moe_kit.errors import RoutingError
 from moe_kit.routing import Router, force_experts
 from moe_kit.routing.state import require_routing_state
+from moe_kit.routing.step import step_states
 from tests.tiny import tiny_llama, wake_banks
 from tests.tolerances import assert_close
 
@@ -438,12 +439,14 @@ def checkpointing_changes_nothing(case, tmp_path):
         torch.manual_seed(4)
         logits = case.logits(model, tokens())
         total_loss(model, logits).backward()
-        found.append((logits, gradients(model), {s: r.load_E() for s, r in last_routings(model).items()}))
+        counters = [state.counter for state in step_states(model)]
+        found.append((logits, gradients(model), counters))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1].keys() == found[1][1].keys()
     for name in found[0][1]:
         assert_close(name, found[1][1][name], found[0][1][name])
-    assert found[0][2].keys() == found[1][2].keys()
+    for one, two in zip(found[0][2], found[1][2]):
+        assert torch.equal(one, two), "recomputation was counted"
 
 
 @rule

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from moe_kit.errors import ConfigError
 from moe_kit.routing import Router, RoutingContext, install_step_hook, routing_step
@@ -101,7 +101,9 @@ def test_counts_only_real_tokens_in_training_and_once_under_recomputation():
     mask = torch.ones(2, 8, dtype=torch.bool)
     mask[0, :5] = False
     context = RoutingContext(mask_BS=mask)
-    out = checkpoint(lambda v: router(v, context).weights_NK.sum(), x, use_reentrant=False)
+    # recomputation would stop as soon as it has the tensors it needs, which is before the count
+    with set_checkpoint_early_stop(False):
+        out = checkpoint(lambda v: router(v, context).weights_NK.sum(), x, use_reentrant=False)
     context.is_open = False
     out.backward()
     assert router.stepper.counter.sum() == 11 * K
