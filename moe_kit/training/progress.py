@@ -1,6 +1,6 @@
 """Progress a person can read: one live line in a terminal, a plain line now and then in a log file.
 
-The line shows the step, the smoothed loss, real (unpadded) tokens per second, and the time left at the current pace.
+The line shows the step, the loss of the last few steps, real (unpadded) tokens per second, and the time left at the current pace.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StepReporter:
 
     def __init__(self, console: Console, total: int, label: str, start: int = 0):
         self._console, self._total, self._label = console, total, label
-        self._smooth: float | None = None
+        self._loss: float | None = None
         self._done = self._start = start
         self._tokens, self._began = 0, time.perf_counter()
         self._bar = Progress(
@@ -58,14 +58,14 @@ class StepReporter:
 
         Args:
             done: Steps finished in all.
-            loss: Loss of the newest step, in nats a token.
+            loss: Mean loss since the last call that gave one, in nats a token; it stays in sight until the next.
             tokens: Tokens since the start of this run.
         """
         if loss is not None:
-            self._smooth = loss if self._smooth is None else 0.9 * self._smooth + 0.1 * loss
+            self._loss = loss
         self._tokens = tokens
         seconds = max(time.perf_counter() - self._began, 1e-9)
-        notes = [f"loss {self._smooth:.3f}"] if self._smooth is not None else []
+        notes = [f"loss {self._loss:.3f}"] if self._loss is not None else []
         if tokens:
             notes.append(f"{tokens / seconds:.0f} tokens/s")
         before, self._done = self._done, done
