@@ -43,6 +43,7 @@ def experts_mlp_op(
         y_TD, z_PF = cpu.forward(
             x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED, activation, keep=True
         )
+    assert z_PF is not None
     return y_TD, z_PF
 
 
@@ -114,7 +115,7 @@ experts_mlp_op.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.moe_kit.experts_mlp)
 def _forward_flops(x_shape, up_shape, down_shape, weights_shape, *rest, out_shape=None, **options) -> int:
-    E, F, D = up_shape
+    _, F, D = up_shape
     return 2 * weights_shape[0] * D * (F + down_shape[2])
 
 

@@ -16,13 +16,10 @@ _NUM_TILES, _EXPERTS = 300, 64
 
 def default_config(kernel: str, rows: int, arch: str, gated: bool, aligned: bool = True) -> dict[str, int]:
     """Return the default configuration as a launch on `arch` would take it, for 16-bit operands."""
-    config = dict(next(entry for entry in tuning._table("default")[kernel] if entry["rows"] == rows))
-    del config["rows"]
-    if gated and kernel == "grouped_mm":
-        config["BN"] = max(32, config["BN"] // 2)
+    limit = 65536 if arch == "gfx942" else tuning.SHARED_LIMIT[arch]
+    config = tuning.find(kernel, "default", limit, 1, 1, rows, gated)
     if not aligned:
         config = tuning.narrow(config)
-    limit = 65536 if arch == "gfx942" else tuning.SHARED_LIMIT[arch]
     return tuning.fit(config, rows, 2, gated, limit)
 
 

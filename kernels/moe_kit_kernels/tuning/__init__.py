@@ -5,7 +5,8 @@ A lookup takes the first that exists:
 1. the environment variable `MOE_KIT_KERNELS_CONFIG`, which pins single values: `grouped_mm:BN=64,num_warps=4;grouped_gram:BR=32`;
 2. an entry of the device's table (`<device name>.json` beside this file or in `MOE_KIT_KERNELS_TUNING`) with the same row
    height, nearest in log2 of the two widths (distance 0 is the exact entry);
-3. the entry of `default.json`, whose configurations compile without spills on every supported architecture.
+3. the entry of `sm_90.json` on that architecture and later ones, whose larger register tiles hold wider columns;
+4. the entry of `default.json`, whose configurations compile without spills on every supported architecture.
 
 The row height stands for the number of tokens: it is the bucket that P / E falls in (`grouped_mm.tiles.tile_height`), so a
 new token count is never a new key. Whatever is found is cut down until it fits the device's shared memory.
@@ -112,17 +113,28 @@ def lookup(
         KernelError: The pinned configuration cannot be read or names an unknown value.
     """
     name, limit = _device(device)
-    config = _find(kernel, name, width_in, width_out, rows)
-    if gated and kernel == "grouped_mm":
-        # two accumulators: half the width keeps the registers of the ungated tile
-        config["BN"] = max(32, config["BN"] // 2)
+    config = find(kernel, name, limit, width_in, width_out, rows, gated)
     if not aligned:
         config = narrow(config)
     config.update(_pinned(kernel, config, os.environ.get(PIN, "")))
     return fit(config, rows, itemsize, gated, limit)
 
 
-def _find(kernel: str, device_name: str, width_in: int, width_out: int, rows: int) -> Config:
+def find(kernel: str, device_name: str, limit: int, width_in: int, width_out: int, rows: int, gated: bool) -> Config:
+    """Return the table's configuration, before pins and cuts.
+
+    Args:
+        kernel: Key of the tables.
+        device_name: The GPU's name with underscores, or "default".
+        limit: Shared memory of the device, bytes; tells the architecture's family.
+        width_in: Contraction width.
+        width_out: Output width.
+        rows: Row tile height.
+        gated: Two weight tiles a step.
+
+    Returns:
+        A copy of the entry.
+    """
     measured = {} if device_name == "default" else _table(device_name)
     entries = [*_measured.get(device_name, {}).get(kernel, []), *measured.get(kernel, [])]
     entries = [entry for entry in entries if entry["rows"] == rows]
@@ -133,8 +145,13 @@ def _find(kernel: str, device_name: str, width_in: int, width_out: int, rows: in
 
         best = min(entries, key=distance)
     else:
-        best = next(entry for entry in _table("default")[kernel] if entry["rows"] == rows)
-    return {key: value for key, value in best.items() if key not in ("rows", "width_in", "width_out", "milliseconds")}
+        family = _table("sm_90").get(kernel, []) if limit >= SHARED_LIMIT["sm_90"] else []
+        best = next(entry for entry in [*family, *_table("default")[kernel]] if entry["rows"] == rows)
+    config = {key: value for key, value in best.items() if key not in ("rows", "width_in", "width_out", "milliseconds")}
+    if gated and kernel == "grouped_mm":
+        # two accumulators share the registers of one, and the epilogue needs some more
+        config["BN"] = max(32, min(64, config["BN"] // 2))
+    return config
 
 
 @lru_cache
@@ -191,7 +208,7 @@ def candidates(kernel: str, rows: int, itemsize: int, gated: bool, limit: int) -
     Returns:
         Distinct configurations, at least one.
     """
-    base = _find(kernel, "default", 1, 1, rows)
+    base = find(kernel, "default", limit, 1, 1, rows, False)
     grid = [base]
     inner = "BR" if "BR" in base else "BK"
     for step, stages, warps in ((32, 3, 4), (32, 4, 8), (64, 2, 8), (64, 3, 4), (64, 4, 8), (128, 2, 8)):
