@@ -34,7 +34,7 @@ class Device:
     call: float
     """Fixed time of one call or launch, seconds."""
     host_walk: bool
-    """True when sorted execution is a host loop that pays a call for each expert."""
+    """True when sorted execution is a host loop: it pays calls for each expert, and its gathers do not overlap its GEMMs."""
 
     @property
     def ridge(self) -> float:
@@ -162,4 +162,6 @@ def choose_lora(shape: LoraShape, device: Device, *, training: bool) -> str:
 
 
 def _stage(device: Device, flops: float, bytes_: float, rate: float | None = None) -> float:
-    return max(flops / (rate or device.flops), bytes_ / device.bandwidth)
+    compute, memory = flops / (rate or device.flops), bytes_ / device.bandwidth
+    # a host loop gathers first and multiplies then; a narrow rate marks the stages that do so
+    return compute + memory if device.host_walk and rate is not None else max(compute, memory)

@@ -58,7 +58,10 @@ def test_a_few_tokens_decode(device):
 @pytest.mark.parametrize("width", [576, 2048])
 def test_cpu_choices(width):
     sizes = {"D": width, "O": width, "itemsize": 4}
-    assert choose_lora(shape(T=512, E=8, L=8, **sizes), CPU, training=True) == "dense"
+    for L in (8, 16):
+        for T in (128, 512, 1024):
+            assert choose_lora(shape(T=T, E=8, L=L, **sizes), CPU, training=True) == "dense"
+    assert choose_lora(shape(T=1024, E=64, L=8, **sizes), CPU, training=True) == "sorted"
     assert choose_lora(shape(T=1024, E=64, L=64, **sizes), CPU, training=True) == "sorted"
     assert choose_lora(shape(T=1, E=64, L=8, **sizes), CPU, training=False) == "decode"
     assert choose_lora(shape(T=1, E=8, L=8, **sizes), CPU, training=False) == "decode"

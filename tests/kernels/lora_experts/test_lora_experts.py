@@ -145,6 +145,18 @@ def test_wide_adapters_on_a_half_precision_base():
         assert_close(f"d{name}", grads[name], expected[name], torch.float32)
 
 
+def test_up_ignores_what_dropped_pairs_hold(poison_empty):
+    ids = torch.tensor([[0, -1], [1, 1], [3, 9]])
+    plan = route_plan(ids, 4)
+    H, B, weights = torch.randn(6, 2), torch.randn(4, 5, 2), torch.rand(3, 2)
+    inputs = {"H": H.double(), "B": B.double(), "weights": weights.double()}
+
+    def call(which):
+        return lambda H, B, weights: lora_up(H, B, plan, weights, scale=0.5, backend=which)
+
+    compare(call("dense"), call("reference"), inputs)
+
+
 def test_halves_equal_reference(poison_empty):
     x, A, B, base, _, _ = make(**CASES["usual"])
     ids = torch.tensor([[0, -1], [1, 1], [3, 9]] * 13)[:37]
