@@ -76,7 +76,7 @@ def decide_tokens(unit: DepthUnit, adapter: str, config: LayerRoutingConfig, x_B
     """
     batch, length, width = x_BSD.shape
     state, column = unit.state, unit.column_of()
-    learning = torch.is_grad_enabled() and unit.training
+    learning = unit.learning(adapter)
     x_TD = x_BSD.reshape(-1, width)
     mask_T = state.routing.context.mask_T(batch, length)
     router = unit.moe_depth_router[adapter]

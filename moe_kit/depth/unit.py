@@ -146,7 +146,7 @@ class DepthUnit(nn.Module, BaseTunerLayer):
         carrier = self.state.request(call.cache)
         plans = carrier.notes.get(adapter)
         column = self.column_of()
-        learning = torch.is_grad_enabled() and self.training
+        learning = self.learning(adapter)
         if plans is None:
             plans = carrier.notes[adapter] = {}
         plan = plans.get(column)
@@ -160,6 +160,13 @@ class DepthUnit(nn.Module, BaseTunerLayer):
         if plan.uniform == EXECUTE:
             return call(x_BSD)
         return run_rows(call, x_BSD, plan, carrier, self._forecaster(adapter))
+
+    def learning(self, adapter: str) -> bool:
+        """Whether the router is being trained: else its decisions are hard, also while other adapters learn."""
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        router = self.moe_depth_router[adapter] if adapter in self.moe_depth_router else None  # noqa: SIM401
+        return isinstance(router, ActionRouter) and router.score.last.weight.requires_grad
 
     def _forecaster(self, adapter: str) -> nn.Module | None:
         return self.moe_depth_forecaster[adapter] if adapter in self.moe_depth_forecaster else None  # noqa: SIM401

@@ -1,0 +1,368 @@
+r"""Training recipes of layer routers: plain loops over batches, one for each way to learn.
+
+    supervised    focal loss against searched routes, the forward pass runs the searched route       Dr.LLM
+    end_to_end    the model's loss, to which the hooks add the routing losses; tau falls             FiRST, FlexiDepth, MoD,
+                                                                                                     Informed stage 2
+    forecasters   SmoothL1(G_u(x), F_u(x)) summed over units, dense hidden states                    Informed stage 1
+    policy        leave-one-out policy gradient over sampled routes, reward = -loss - cost          ours
+    others        routers frozen and hard, other adapters (LoRA) learn                               FiRST, Informed stage 3
+
+A batch is a dict of `input_ids`, `attention_mask` and `labels`, as any language-model collator gives. Which tokens a
+decision may read follows from the labels.
+
+Shapes: B rows, M Monte Carlo samples, U units, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_kit.depth.losses import Trace, class_weights, focal_loss
+from moe_kit.depth.measure import forecast_losses, sum_losses
+from moe_kit.depth.state import DepthState, find_depth_state
+from moe_kit.depth.steer import force_layers
+from moe_kit.errors import ConfigError
+from moe_kit.routing.policy import rloo_loss
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Settings of a training phase."""
+
+    steps: int = 500
+    """Optimizer steps, 1 or more."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW, above 0."""
+
+    schedule: str = "cosine"
+    """`cosine` (to 0) or `constant`, after a linear warm-up."""
+
+    warmup_steps: int = 0
+    """Steps of the warm-up."""
+
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 does not clip."""
+
+    gamma: float = 2.0
+    """Exponent of the focal loss (supervised)."""
+
+    beta: float = 0.999
+    """Class balance of the focal loss (supervised); nearer to 1 re-balances more."""
+
+    tau_start: float = 5.0
+    """Gumbel temperature at the first step (end to end, Gumbel routers)."""
+
+    tau_end: float = 1.0
+    """Gumbel temperature at the last step."""
+
+    samples: int = 4
+    """M: sampled routes for each sequence (policy), 2 or more."""
+
+    cost: float = 0.1
+    """Price, in nats a token, of running every routable layer once (policy)."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}, expected 1 or more.")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate is {self.learning_rate}, expected a number above 0.")
+        if self.schedule not in ("cosine", "constant"):
+            raise ConfigError(f"schedule is {self.schedule!r}, expected 'cosine' or 'constant'.")
+        if self.samples < 2:
+            raise ConfigError(f"samples is {self.samples}, expected 2 or more for a leave-one-out estimate.")
+
+
+def fit(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    losses: Iterator[Callable[[], Tensor]],
+    config: FitConfig,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """The loop under every recipe.
+
+    Args:
+        model: put into training mode for the duration.
+        parameters: what learns; everything else is left as it is.
+        losses: yields, for each step, a function that computes its loss.
+        config: settings.
+        on_step: called with the step and its loss.
+
+    Returns:
+        Loss of every step.
+
+    Raises:
+        ConfigError: if there is nothing to train, or the batches end before the steps.
+    """
+    if not parameters:
+        raise ConfigError("nothing to train: the active adapter has no such parameters (static and random have none).")
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+    was_training, history = model.training, []
+    model.train()
+    try:
+        for step in range(config.steps):
+            compute = next(losses, None)
+            if compute is None:
+                raise ConfigError(f"the batches ended after {step} of {config.steps} steps: give more, or fewer steps.")
+            loss = compute()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.max_grad_norm:
+                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            history.append(float(loss.detach()))
+            if on_step is not None:
+                on_step(step, history[-1])
+    finally:
+        model.train(was_training)
+    return history
+
+
+def _rate(step: int, config: FitConfig) -> float:
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _learn_only(model: nn.Module, wanted: Callable[[str], bool]) -> list[nn.Parameter]:
+    """Give a gradient to the named parameters and to no others."""
+    chosen = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted(name))
+        if wanted(name):
+            chosen.append(parameter)
+    return chosen
+
+
+def _part(state: DepthState, container: str) -> Callable[[str], bool]:
+    adapter = state.active()
+    return lambda name: f".{container}.{adapter}." in name
+
+
+def fit_supervised(
+    model: nn.Module,
+    examples: Iterable[tuple[Batch, Tensor]],
+    config: FitConfig,
+    *,
+    class_counts: Sequence[float] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train routers on searched routes; layer l sees the states of the searched route, not of its own mistakes.
+
+    Args:
+        model: a model with learned per-sequence layer routers.
+        examples: (batch, actions int [B, L]) for each step; the batch needs no labels but a prompt to read.
+        config: settings.
+        class_counts: labels of skip, execute, repeat in all data, for the balance; None = no balance.
+        on_step: called with the step and its loss.
+
+    Returns:
+        Focal loss of every step.
+    """
+    state = find_depth_state(model)
+    parameters = _learn_only(model, _part(state, "moe_depth_router"))
+    codes = state.configs[state.active()].action_codes
+    alpha_A = None
+    if class_counts is not None:
+        alpha_A = class_weights(torch.tensor([float(class_counts[code]) for code in codes]), config.beta)
+
+    def losses() -> Iterator[Callable[[], Tensor]]:
+        for batch, actions in examples:
+            yield lambda batch=batch, actions=actions: _supervised_loss(model, state, batch, actions, alpha_A, config)
+
+    return fit(model, parameters, losses(), config, on_step)
+
+
+def _supervised_loss(
+    model: nn.Module, state: DepthState, batch: Batch, actions: Tensor, alpha_A: Tensor | None, config: FitConfig
+) -> Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with force_layers(model, actions):
+        # the head is not needed: one position is the cheapest that every model accepts
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    codes = state.configs[state.active()].action_codes
+    logits, labels = [], []
+    for trace in state.traces:
+        column = actions[:, trace.column].to(trace.logits_NA.device)
+        index = torch.full_like(column, -100)
+        for position, code in enumerate(codes):
+            index = torch.where(column == code, position, index)
+        logits.append(trace.logits_NA)
+        labels.append(index)
+    return focal_loss(torch.cat(logits), torch.cat(labels), alpha_A, config.gamma)
+
+
+def fit_end_to_end(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: FitConfig,
+    *,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train routers, and the stand-ins of gated presets, by the language-model loss plus the routing losses.
+
+    Args:
+        model: a model with learned layer routers.
+        batches: with labels.
+        config: settings; Gumbel routers cool from `tau_start` to `tau_end`.
+        on_step: called with the step and its loss.
+
+    Returns:
+        Loss of every step, routing losses included.
+    """
+    state = find_depth_state(model)
+    settings = state.configs[state.active()]
+    routers, stand_ins = _part(state, "moe_depth_router"), _part(state, "moe_depth_forecaster")
+    # a forecaster that was fitted first stays what it is; a gate's adapter learns with the gate
+    together = settings.train_mode != "gumbel"
+    parameters = _learn_only(model, lambda name: routers(name) or (together and stand_ins(name)))
+
+    def losses() -> Iterator[Callable[[], Tensor]]:
+        for step, batch in enumerate(batches):
+            done = step / max(1, config.steps - 1)
+            settings.tau = config.tau_start + (config.tau_end - config.tau_start) * min(1.0, done)
+            yield lambda batch=batch: model(**batch, use_cache=False).loss
+
+    return fit(model, parameters, losses(), config, on_step)
+
+
+def fit_forecasters(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: FitConfig,
+    *,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Fit every forecaster to the increment of its unit on dense hidden states.
+
+    Args:
+        model: a model whose active layer routers have forecasters.
+        batches: labels are not read.
+        config: settings.
+        on_step: called with the step and its loss.
+
+    Returns:
+        Loss of every step: SmoothL1 over real tokens, summed over units.
+    """
+    state = find_depth_state(model)
+    parameters = _learn_only(model, _part(state, "moe_depth_forecaster"))
+
+    def losses() -> Iterator[Callable[[], Tensor]]:
+        for batch in batches:
+            yield lambda batch=batch: sum_losses(forecast_losses(model, batch))
+
+    return fit(model, parameters, losses(), config, on_step)
+
+
+def fit_policy(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: FitConfig,
+    *,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    r"""Train per-sequence routers by reward: M routes are sampled for each sequence,
+
+        reward = -(mean loss of its answer's tokens) - cost * (layers applied) / (routable layers),
+
+    and the leave-one-out estimator pushes up the log-probability of those that beat their siblings.
+
+    Args:
+        model: a model with per-sequence routers and `train_mode="sample"`.
+        batches: with labels.
+        config: settings; `samples` and `cost`.
+        on_step: called with the step and its mean negative reward.
+
+    Returns:
+        Mean negative reward of every step.
+
+    Raises:
+        ConfigError: if the routers do not sample.
+    """
+    state = find_depth_state(model)
+    adapter = state.active()
+    if state.configs[adapter].train_mode != "sample":
+        raise ConfigError(
+            f"fit_policy needs train_mode='sample', got {state.configs[adapter].train_mode!r}: set it in the config."
+        )
+    parameters = _learn_only(model, _part(state, "moe_depth_router"))
+    values: list[float] = []
+
+    def losses() -> Iterator[Callable[[], Tensor]]:
+        for batch in batches:
+            yield lambda batch=batch: _policy_loss(model, state, batch, config, values)
+
+    fit(model, parameters, losses(), config, None if on_step is None else lambda step, _: on_step(step, values[step]))
+    return values
+
+
+def _policy_loss(model: nn.Module, state: DepthState, batch: Batch, config: FitConfig, values: list[float]) -> Tensor:
+    rows = batch["input_ids"].shape[0]
+    many = {name: value.repeat(config.samples, *[1] * (value.dim() - 1)) for name, value in batch.items()}
+    labels = many.pop("labels")
+    prompt = {"labels": labels}
+    out = model(**many, **prompt, use_cache=False)
+    traces: list[Trace] = state.traces
+    with torch.no_grad():
+        loss_BS = functional.cross_entropy(
+            out.logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+        )
+        loss_MB = (loss_BS.sum(1) / (labels[:, 1:] != -100).sum(1).clamp_min(1)).view(config.samples, rows)
+        adapter = state.active()
+        columns = sorted(state.units[adapter])
+        table = state.carrier.sites[f"moe_depth.{adapter}"][:, columns]
+        applied_MB = (table % 3).float().mean(1).view(config.samples, rows).to(loss_MB.device)
+        penalty_MB = loss_MB + config.cost * applied_MB
+    log_prob_MB = torch.stack([trace.log_prob_N for trace in traces]).sum(0).view(config.samples, rows)
+    values.append(float(penalty_MB.mean()))
+    return rloo_loss(penalty_MB, log_prob_MB) / rows
+
+
+def fit_others(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: FitConfig,
+    *,
+    adapters: Sequence[str],
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train other adapters, such as LoRA, under frozen routers that decide hard: FiRST's second phase.
+
+    Args:
+        model: a native model with several adapters, all of them active.
+        batches: with labels.
+        config: settings.
+        adapters: names of the adapters that learn.
+        on_step: called with the step and its loss.
+
+    Returns:
+        Language-model loss of every step.
+    """
+
+    def wanted(name: str) -> bool:
+        return any(f".{adapter}." in name or name.endswith(f".{adapter}") for adapter in adapters)
+
+    parameters = _learn_only(model, wanted)
+
+    def losses() -> Iterator[Callable[[], Tensor]]:
+        for batch in batches:
+            yield lambda batch=batch: model(**batch, use_cache=False).loss
+
+    return fit(model, parameters, losses(), config, on_step)
