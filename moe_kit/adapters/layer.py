@@ -275,7 +275,7 @@ def linear_widths(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return layer.in_features, layer.out_features
+        return int(layer.in_features), int(layer.out_features)
     raise RoutingError(f"cannot adapt a {type(layer).__name__}: routed adapters go on linear layers.")
 
 
