@@ -137,7 +137,7 @@ def find(kernel: str, device_name: str, limit: int, width_in: int, width_out: in
     """
     measured = {} if device_name == "default" else _table(device_name)
     entries = [*_measured.get(device_name, {}).get(kernel, []), *measured.get(kernel, [])]
-    entries = [entry for entry in entries if entry["rows"] == rows]
+    entries = [entry for entry in entries if entry["rows"] == rows and entry.get("gated", gated) == gated]
     if entries:
 
         def distance(entry: dict) -> float:
@@ -147,8 +147,10 @@ def find(kernel: str, device_name: str, limit: int, width_in: int, width_out: in
     else:
         family = _table("sm_90").get(kernel, []) if limit >= SHARED_LIMIT["sm_90"] else []
         best = next(entry for entry in [*family, *_table("default")[kernel]] if entry["rows"] == rows)
-    config = {key: value for key, value in best.items() if key not in ("rows", "width_in", "width_out", "milliseconds")}
-    if gated and kernel == "grouped_mm":
+    keys = ("rows", "width_in", "width_out", "milliseconds", "gated")
+    config = {key: value for key, value in best.items() if key not in keys}
+    # an entry measured for gated launches says so and is taken as it is
+    if gated and kernel == "grouped_mm" and "gated" not in best:
         # two accumulators share the registers of one, and the epilogue needs some more
         config["BN"] = max(32, min(64, config["BN"] // 2))
     return config
@@ -269,9 +271,7 @@ def warm_up(
             timed.append((run(), config))
         milliseconds, config = min(timed, key=lambda pair: pair[0])
         entry = {"rows": rows, "width_in": sizes[0], "width_out": sizes[1], "milliseconds": milliseconds, **config}
-        if is_gated and kernel == "grouped_mm":
-            # lookup halves the width of a gated tile; the table holds the ungated one
-            entry["BN"] *= 2
+        entry["gated"] = is_gated
         table.setdefault(kernel, []).append(entry)
 
     try:
