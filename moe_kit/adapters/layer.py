@@ -139,10 +139,12 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
                 raise RoutingError(f"{self.path} shares the router of {owner.path}, which has not run in this pass.")
             return context.routings[router.site]
         cached = context.shared.get(router.site)
-        if cached is not None and cached[0]() is x:
+        # an encoder's output is the same tensor in recomputation, which must still decide anew: it saves what the
+        # first run saved
+        if cached is not None and cached[0]() is x and cached[3] == context.is_open:
             return cached[1]
         routing = router(self._rows(x, context), context)
-        context.shared[router.site] = (_reference(x), routing, {})
+        context.shared[router.site] = (_reference(x), routing, {}, context.is_open)
         return routing
 
     def _context(self, x: Tensor) -> RoutingContext:
