@@ -423,11 +423,14 @@ def _report(results: Results, sets: ExampleSets, answers: list[str], recipe: Rec
         question = " ".join(example.messages[-1]["content"].split())
         console.print(f"  [dim]{example.task}[/] {question[-160:]}\n    -> {answer!r} ({mark})", markup=True)
     folder = recipe.output_dir
-    console.print(f"\nSaved to {folder}. Next:")
-    console.print(f"  moe-kit generate {folder} --prompt '...'   ask it something")
-    console.print(f"  moe-kit eval {folder}                      evaluate again, on more questions say")
-    console.print(f"  moe-kit inspect {folder}                   what was adapted, parameters, FLOPs, routers")
-    console.print("  moe-kit train CONFIG --adapter.preset remix --output_dir outputs/remix   another method")
+    console.print(f"\nSaved to {folder}. Next:", soft_wrap=True)
+    for command, text in (
+        (f"moe-kit generate {folder} --prompt '...'", "ask it something"),
+        (f"moe-kit eval {folder} --data.eval_examples 300", "evaluate on more questions"),
+        (f"moe-kit inspect {folder}", "what was adapted, parameters, FLOPs, routers"),
+        ("moe-kit train quickstart_remix", "the same with another method; moe-kit presets lists all"),
+    ):
+        console.print(f"  {command}\n      [dim]{text}[/]", soft_wrap=True)
 
 
 def _shown(examples: tuple[Example, ...], answers: list[str], count: int) -> list[tuple[Example, str]]:
