@@ -8,6 +8,7 @@ Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -297,6 +298,8 @@ def run_linears(
     return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)
 
 
+# the environment and the installed packages are looked at once
+@lru_cache(maxsize=16)
 def uses_triton(device: torch.device) -> bool:
     """Tell whether the Triton kernels serve a device.
 
@@ -363,6 +366,8 @@ def linear_fuses(plan: RoutePlan | None, A: Sequence[Tensor], autocast: torch.dt
     return all(8 * a.shape[0] * a.shape[1] <= a.shape[2] for a in A)
 
 
+# at one token the model costs as much as a GEMM; the sizes repeat
+@lru_cache(maxsize=1024)
 def _choose(T: int, P: int, E: int, L: int, D: int, O: int, itemsize: int, training: bool, device: torch.device) -> str:
     shape = LoraShape(tokens=T, pairs=P, experts=E, rank=L, d_in=D, d_out=O, itemsize=itemsize)
     return choose_lora(shape, device_of(device), training=training)

@@ -162,9 +162,9 @@ class RoutePlan:
         if self.slots is not None:
             shape = (self.num_tokens, self.slots)
             table = weights_P.new_zeros(self.num_tokens, width)
-            return table.scatter_add(1, self.expert_P.view(shape), weights_P.reshape(shape))
+            return table.scatter_add_(1, self.expert_P.view(shape), weights_P.reshape(shape))
         flat = weights_P.new_zeros(self.num_tokens * width)
-        return flat.scatter_add(0, self.gate_index_P, weights_P.reshape(-1)).view(-1, width)
+        return flat.scatter_add_(0, self.gate_index_P, weights_P.reshape(-1)).view(-1, width)
 
 
 def _bounds(ids: Tensor) -> tuple[int, int]:
