@@ -17,19 +17,35 @@ IGNORED_LABEL = -100
 
 
 def shifts_labels(module: nn.Module) -> bool:
-    """Whether position s of a model predicts label s + 1, told as the Trainer tells it.
+    """Whether the Trainer counts labels from the second on, since position s of the model predicts label s + 1.
+
+    It is what `num_items_in_batch` goes by, so a share of it must be told the same way, also where the Trainer is wrong
+    (it does not know GPT-2's loss).
 
     Args:
         module: the inner model.
 
     Returns:
-        True for causal language models; False for encoder-decoders, classification and masked language models.
+        True for most causal language models; False for encoder-decoders, classification and masked language models.
     """
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         return False
     return LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss
+
+
+def predicts_next_token(module: nn.Module) -> bool:
+    """Whether labels of a model are answers that its earlier tokens lead to.
+
+    Args:
+        module: the inner model.
+
+    Returns:
+        True for causal language models, those with an older kind of class name included.
+    """
+    name = type(module).__name__
+    return shifts_labels(module) or (name.endswith("LMHeadModel") and not name.endswith("WithLMHeadModel"))
 
 
 def main_context(module: nn.Module, arguments: dict[str, Any], inputs: dict[str, Any]) -> RoutingContext:
@@ -57,7 +73,7 @@ def main_context(module: nn.Module, arguments: dict[str, Any], inputs: dict[str,
         shape = _shape(arguments, "input_ids", "inputs_embeds")
         mask_BS = real_tokens(arguments.get("attention_mask"), shape)
         first = 0
-        labelled = shifts_labels(module) and _fits(labels, shape)
+        labelled = predicts_next_token(module) and _fits(labels, shape)
     context = RoutingContext(
         mask_BS=mask_BS,
         task_ids_B=inputs.get("task_ids"),
