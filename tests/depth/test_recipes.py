@@ -1,0 +1,77 @@
+"""Every shipped layer-router recipe loads, and runs end to end on the tiny model."""
+
+import json
+
+import pytest
+import yaml
+
+from moe_kit import CheckpointError, ConfigError, load_adapters
+from moe_kit.training.depth import load_depth_recipe, search_layers, train_layers
+from moe_kit.training.models import load_model_and_tokenizer
+from moe_kit.training.recipe import shipped_configs
+
+FOLDER = next(iter(shipped_configs().values())).parent / "depth"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+TASK = dict(name="chain_sum", settings=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1))
+
+
+def shrunk(name, tmp_path):
+    """A shipped recipe on the tiny random model, one small task, two steps a phase."""
+    values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    values["model"]["name"] = "tiny"
+    values["data"].update(tasks=[TASK], eval_examples=6, max_length=128)
+    values["base_adapter"] = None
+    values["output_dir"] = str(tmp_path / "out")
+    values["eval_batch_size"] = 3
+    values.setdefault("search", {}).update(
+        output=str(tmp_path / "labels.jsonl"),
+        questions=6,
+        scorer="likelihood",
+        settings=dict(simulations=3, correct=1e-6, batch_size=3),
+    )
+    for phase in values.get("phases", []):
+        phase["batch_size"] = 2
+        phase["settings"] = {**phase.get("settings", {}), "steps": 2, "warmup_steps": 0}
+    return load_depth_recipe(values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_recipes_run_on_the_tiny_model(name, tmp_path):
+    load_depth_recipe(f"depth/{name}")
+    recipe = shrunk(name, tmp_path)
+    if any(phase.kind == "supervised" for phase in recipe.phases):
+        with pytest.raises(CheckpointError, match="no usable labels"):
+            train_layers(recipe)
+        stats = search_layers(recipe)
+        assert stats["questions"] == 6
+        assert stats["kept"] > 0
+    results = train_layers(recipe)
+    assert results["held_out"]["mean"]["nats_per_token"] > 0
+    assert 0 < results["held_out"]["mean"]["layers"] <= 8
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    model, _ = load_model_and_tokenizer("tiny")
+    assert "depth" in load_adapters(model, tmp_path / "out")
+
+
+def test_exact_scorer_searches_whole_answers(tmp_path):
+    recipe = shrunk("dr_llm", tmp_path)
+    object.__setattr__(recipe.search, "scorer", "exact")
+    assert search_layers(recipe)["evaluations"] >= 6
+
+
+def test_wrong_recipes_are_refused(tmp_path):
+    values = yaml.safe_load((FOLDER / "first.yaml").read_text())
+    for change, message in (
+        ({"presets": 1}, "unknown key"),
+        ({"phases": [{"kind": "lora_phase"}]}, "expected one of"),
+        ({"phases": [{"kind": "policy", "settings": {"step": 3}}]}, "known: steps"),
+        ({"lora": None}, "no `lora` section"),
+        ({"preset": "fist"}, "Did you mean 'first'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_depth_recipe({**values, **change})
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_depth_recipe("depth/none")
+    with pytest.raises(ConfigError, match="whole layers per sequence"):
+        search_layers(load_depth_recipe("depth/informed"))
+    assert load_depth_recipe("depth/first", ["--seed", "3"]).seed == 3
