@@ -9,6 +9,9 @@ in the windows where they measured faster (fp32, AVX-512, widths 256 to 2048):
 * `dZ W` with 24 to 96 rows and several threads as a batch of two column halves, one a thread: 1.1 to 1.4 times;
 * `dZ^T X` with 33 to 64 rows as two accumulated products of at most 32 rows: about 1.15 times.
 
+With at most 8 rows an expert on average and most experts in use, calls cost as much as products, and one call of torch's own
+`grouped_mm` loops faster than Python does.
+
 Shapes: n rows of one expert, P pairs sorted by expert, E experts, D width in, O width out.
 """
 
@@ -18,12 +21,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+try:
+    from torch.nn.functional import grouped_mm
+except ImportError:  # torch before 2.10
+    grouped_mm = None
+
 from moe_kit_kernels.route_plan import RoutePlan
 
 # row counts of the three windows; see the module docstring
 SWAP_ROWS = range(9, 49)
 HALVES_ROWS = range(24, 97)
 CHUNK_ROWS = range(33, 65)
+# mean rows of an expert up to which torch's grouped_mm makes the products in one call
+FEW_ROWS = 8
 _CHUNK = 32
 # below this many elements one small bmm beats the embedding kernel's call
 _SMALL_COMBINE = 64 * 512
@@ -72,6 +82,19 @@ def product_into(dz_nO: Tensor, x_nD: Tensor, out_OD: Tensor) -> None:
         torch.mm(dz_nO.t(), x_nD, out=out_OD)
 
 
+def _one_call(plan: RoutePlan, *operands: Tensor) -> bool:
+    """Return whether torch's grouped_mm takes these operands and its one call pays: few rows in most experts."""
+    if grouped_mm is None or plan.num_pairs > FEW_ROWS * plan.num_experts:
+        return False
+    if 2 * len(experts_with_rows(plan)) < plan.num_experts:
+        return False
+    # it asks for contiguous last dimensions, rows of whole 16-byte steps, and half or single precision
+    return all(
+        t.is_contiguous() and t.dtype != torch.float64 and t.shape[-1] * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0 for t in operands
+    )  # fmt: skip
+
+
 def experts_with_rows(plan: RoutePlan) -> list[int]:
     """Return the experts that have rows, ascending."""
     offsets = plan.host_offsets
@@ -104,8 +127,12 @@ def clear_others(stack: Tensor, experts: Sequence[int]) -> None:
 
 def forward(x_PD: Tensor, weight_EOD: Tensor, plan: RoutePlan, bias_EO: Tensor | None = None) -> Tensor:
     """Return `x W_e^T + b_e` of sorted rows, `[P, O]`; rows of dropped pairs are zero."""
-    z_PO = x_PD.new_empty(x_PD.shape[0], weight_EOD.shape[1])
     experts = experts_with_rows(plan)
+    if bias_EO is None and _one_call(plan, x_PD, weight_EOD) and weight_EOD.shape[1] * x_PD.element_size() % 16 == 0:
+        z_PO = grouped_mm(x_PD, weight_EOD.transpose(1, 2), offs=plan.ends_E)
+        z_PO[plan.host_offsets[-1] :] = 0
+        return z_PO
+    z_PO = x_PD.new_empty(x_PD.shape[0], weight_EOD.shape[1])
     rows = zip(split_rows(x_PD, plan, experts), pick(weight_EOD, experts), split_rows(z_PO, plan, experts), experts)
     for x_nD, weight_OD, z_nO, e in rows:
         linear_into(x_nD, weight_OD, z_nO)
@@ -117,6 +144,10 @@ def forward(x_PD: Tensor, weight_EOD: Tensor, plan: RoutePlan, bias_EO: Tensor |
 
 def grad_input(dz_PO: Tensor, weight_EOD: Tensor, plan: RoutePlan) -> Tensor:
     """Return `dz W_e` of sorted rows, `[P, D]`; rows of dropped pairs are zero."""
+    if _one_call(plan, dz_PO, weight_EOD):
+        dx_PD = grouped_mm(dz_PO, weight_EOD, offs=plan.ends_E)
+        dx_PD[plan.host_offsets[-1] :] = 0
+        return dx_PD
     dx_PD = dz_PO.new_empty(dz_PO.shape[0], weight_EOD.shape[2])
     experts = experts_with_rows(plan)
     rows = zip(split_rows(dz_PO, plan, experts), pick(weight_EOD, experts), split_rows(dx_PD, plan, experts))
@@ -128,6 +159,9 @@ def grad_input(dz_PO: Tensor, weight_EOD: Tensor, plan: RoutePlan) -> Tensor:
 
 def grad_weight(dz_PO: Tensor, x_PD: Tensor, weight_EOD: Tensor, plan: RoutePlan) -> Tensor:
     """Return `dz^T x` of every expert's run, `[E, O, D]` in the memory layout of `weight_EOD`."""
+    if _one_call(plan, dz_PO, x_PD, weight_EOD):
+        # experts without rows get zeros
+        return grouped_mm(dz_PO.t(), x_PD, offs=plan.ends_E)
     dw_EOD = torch.empty_like(weight_EOD)
     experts = experts_with_rows(plan)
     rows = zip(split_rows(dz_PO, plan, experts), split_rows(x_PD, plan, experts), pick(dw_EOD, experts))

@@ -101,10 +101,15 @@ def test_equals_a_loop_over_pairs(edge, gated, bias, backend, poison_empty):
     compare(actual, expected, t, torch.float64)
 
 
-@pytest.mark.parametrize("routing", ["uniform", "around the swapped GEMM"])
+@pytest.mark.parametrize("routing", ["uniform", "around the swapped GEMM", "few rows", "few rows and empty slots"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_precision(dtype, routing, poison_empty):
-    ids = torch.stack([torch.randperm(6)[:3] for _ in range(60)]) if routing == "uniform" else ids_of(EDGES[routing][0])
+    ids = {
+        "uniform": torch.stack([torch.randperm(6)[:3] for _ in range(60)]),
+        "around the swapped GEMM": ids_of(EDGES["around the swapped GEMM"][0]),
+        "few rows": ids_of([[0, 1], [2, 3], [1, 5], [5, 2]]),
+        "few rows and empty slots": ids_of([[0, -1], [2, 3], [-1, 5], [5, 2]]),
+    }[routing]
     t = case(ids, 6, D=24, H=16, dtype=torch.float32)
     upstream = torch.randn(ids.shape[0], 24)
     # the reference sees the same rounded inputs, in float64
