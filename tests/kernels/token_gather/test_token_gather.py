@@ -137,7 +137,7 @@ def test_compiles_with_static_shapes():
         (lambda: token_gather(torch.zeros(3, 2), torch.ones(2, dtype=torch.bool)), r"shape \(3,\)"),
         (lambda: token_gather(torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), bound=2), "3 tokens are kept"),
         (lambda: token_gather(torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), bound=-1), "at least 0"),
-        (lambda: token_gather(torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), backend="fast"), "unknown"),
+        (lambda: token_gather(torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), backend="fast"), "'fast'"),
         (lambda: token_gather(torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), backend="triton"), "CUDA device"),
         (lambda: token_scatter(torch.zeros(1, 2), torch.zeros(1).int(), torch.zeros(3, 2)), "int64"),
         (lambda: token_scatter(torch.zeros(1, 3), torch.zeros(1).long(), torch.zeros(3, 2)), "width 3"),
