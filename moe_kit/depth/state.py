@@ -9,6 +9,7 @@ Shapes: B rows, U units (columns: layers, or attention and MLP of each layer in 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
@@ -61,13 +62,12 @@ class DepthState:
         self.decisions: dict[int, TokenDecision] = {}
         self.row_keys_B: Tensor | None = None
         self.in_generate = False
+        self.prompt_width: int | None = None
         self.foreign = False
         self._cache: Any = None
         self._windows: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def __deepcopy__(self, memo: dict) -> DepthState:
-        import copy
-
         fresh = DepthState(copy.deepcopy(self.routing, memo), self.num_layers, self.anchors)
         memo[id(self)] = fresh
         fresh.units = copy.deepcopy(self.units, memo)
@@ -120,8 +120,19 @@ class DepthState:
         """Find padding where the attention mask is a prepared one; only at prefill, where decisions are made."""
         context, tokens = self.routing.context, arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-        if context.mask_BS is not None or tokens is None or tokens.shape[1] == 1:
+        if tokens is None or tokens.shape[1] == 1:
             return
+        if context.mask_BS is None:
+            self._read_prepared_mask(arguments, tokens)
+        width = self.prompt_width
+        if self.in_generate and width is not None and tokens.shape[1] > width and context.prompt_mask_BS is None:
+            # assisted decoding appends its candidates to the prompt
+            columns_S = torch.arange(tokens.shape[1], device=tokens.device) < width
+            prompt_BS = columns_S.expand(tokens.shape[0], -1)
+            context.prompt_mask_BS = prompt_BS if context.mask_BS is None else prompt_BS & context.mask_BS
+
+    def _read_prepared_mask(self, arguments: dict[str, Any], tokens: Tensor) -> None:
+        context = self.routing.context
         cache = arguments.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         mask_BS = mask_diagonal(arguments.get("attention_mask"), tuple(tokens.shape[:2]), past)
@@ -293,13 +304,22 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if chunk is not None:
         _warn_chunks(chunk)
     # a compiled decoding step cannot branch on a route
-    kwargs.setdefault("disable_compile", True)
-    previous, state.in_generate = state.in_generate, True
+    if kwargs.get("generation_config") is not None:
+        kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
+        kwargs["generation_config"].disable_compile = True
+    else:
+        kwargs.setdefault("disable_compile", True)
+    prompt = next(
+        (kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None), None
+    )
+    prompt = args[0] if args and prompt is None else prompt
+    previous, state.in_generate = (state.in_generate, state.prompt_width), True
+    state.prompt_width = None if prompt is None else prompt.shape[1]
     state.carrier = CarriedDecisions()
     try:
         return type(model).generate(model, *args, **kwargs)
     finally:
-        state.in_generate = previous
+        state.in_generate, state.prompt_width = previous
 
 
 @functools.cache
@@ -311,8 +331,17 @@ def _warn_chunks(chunk: int) -> None:
 
 
 def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    names = list(inspect.signature(module.forward).parameters) if args else []
-    module.__dict__[ATTRIBUTE].open({**dict(zip(names, args)), **kwargs})
+    module.__dict__[ATTRIBUTE].open(_named(module, args, kwargs))
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward call by name."""
+    return {**dict(zip(_names(type(module)), args)), **kwargs} if args else kwargs
+
+
+@functools.cache
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -326,7 +355,6 @@ def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) 
     loss = getattr(output, "loss", None)
     if loss is None or not terms:
         return None
-    names = list(inspect.signature(module.forward).parameters) if args else []
-    share = loss_share(module, {**dict(zip(names, args)), **kwargs})
+    share = loss_share(module, _named(module, args, kwargs))
     output.loss = loss + share * torch.stack(terms).sum().to(loss.device)
     return output

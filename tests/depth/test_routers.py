@@ -121,6 +121,18 @@ def test_chunked_prefill_decides_on_the_first_chunk():
 
 
 @torch.no_grad()
+def test_assisted_decoding_decides_on_the_prompt_alone():
+    model, assistant = routed(), tiny(seed=3)
+    for seed in range(4):
+        batch = padded_batch((8,), seed=seed)
+        expected = model.generate(**batch, **GREEDY)
+        routes = layer_applications(model)
+        for options in (dict(assistant_model=assistant), dict(prompt_lookup_num_tokens=3)):
+            assert torch.equal(model.generate(**batch, **GREEDY, **options), expected)
+            assert torch.equal(layer_applications(model), routes)
+
+
+@torch.no_grad()
 def test_prompt_is_given_or_read_from_labels():
     model = routed()
     batch = padded_batch((12, 8))
