@@ -39,5 +39,9 @@ docs:
 bench: env
 	$(BIN)/python -m bench
 
+# compile every kernel ahead of time for three architectures; needs no GPU
+aot: env
+	$(BIN)/moe-kit kernels check --arch sm_80 sm_90 sm_100 --json aot.json
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

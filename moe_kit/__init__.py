@@ -1,6 +1,7 @@
 """moe_kit: routed adapters, expert routers and layer routers for Hugging Face models.
 
-Importing it registers the PEFT methods `MOE_ADAPTER` and `MOE_DEPTH`; kernels are loaded when first used.
+Importing it registers the PEFT methods `MOE_ADAPTER` and `MOE_DEPTH` and the experts backend
+`experts_implementation="moe_kit"` of transformers; kernels are loaded when first used.
 """
 
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import Any
 from moe_kit.adapters import RoutedAdapterConfig
 from moe_kit.depth import LayerRoutingConfig
 from moe_kit.errors import CheckpointError, ConfigError, KernelError, MoeKitError, RoutingError
+from moe_kit.moe.experts_backend import register as _register_experts_backend
 from moe_kit.routing import (
     Router,
     Routing,
@@ -53,6 +55,8 @@ __all__ = [
     "routing_step",
     "save_adapters",
 ]
+
+_register_experts_backend()
 
 
 def __getattr__(name: str) -> Any:
