@@ -124,7 +124,7 @@ def test_chunked_prefill_decides_on_the_first_chunk():
 def test_assisted_decoding_decides_on_the_prompt_alone():
     model, assistant = routed(), tiny(seed=3)
     for seed in range(4):
-        batch = padded_batch((8,), seed=seed)
+        batch = padded_batch((15,), seed=seed)  # one candidate more and the windows double
         expected = model.generate(**batch, **GREEDY)
         routes = layer_applications(model)
         for options in (dict(assistant_model=assistant), dict(prompt_lookup_num_tokens=3)):
