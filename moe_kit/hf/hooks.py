@@ -28,6 +28,7 @@ from moe_kit.hf.delivery import check_policy, check_reentrant, deliver, strip_re
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.joined import all_mean
 from moe_kit.routing.state import ATTRIBUTE, ModelRouting
+from moe_kit.routing.step import track
 
 _HOOKS = "moe_routing_hooks"
 
@@ -126,6 +127,9 @@ def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
 def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
     arguments = _arguments(module, args, kwargs)
+    if module.training:
+        # a copied or unpickled model has these hooks but was never wrapped in this process
+        track(module)
     _start(state, module, arguments)
     changed = strip_request(state, module, kwargs)
     return None if changed is None else (args, changed)
