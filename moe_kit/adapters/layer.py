@@ -75,7 +75,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.siblings[adapter_name] = siblings
         if owner is None:
             router = build_router(config, sizes)
-            router.site = f"{self.path}.{adapter_name}"
+            router.site, router.group = f"{self.path}.{adapter_name}", adapter_name
             self.state.carries |= getattr(router.scope, "outlives_forward", False)
             self.moe_adapter_router[adapter_name] = router
         elif owner.moe_adapter_router[adapter_name].num_experts != sizes.slots:

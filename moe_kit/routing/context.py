@@ -49,6 +49,7 @@ class RoutingContext:
             their log-probability even in forward-only passes.
         is_open: True while the forward runs; a recomputation during backward finds it False and registers nothing.
         closed_losses: unscaled auxiliary losses by name, filled when the forward ends.
+        closed_terms: (router, name, unscaled loss), one for each loss of each group of routers, filled as well.
     """
 
     mask_BS: Tensor | None = None
@@ -70,6 +71,7 @@ class RoutingContext:
     policy_gradient: bool = False
     is_open: bool = True
     closed_losses: dict[str, Tensor] = field(default_factory=dict)
+    closed_terms: list[tuple[Any, str, Tensor]] = field(default_factory=list)
 
     def mask_T(self, batch: int, length: int) -> Tensor | None:
         """Real tokens of an input with `batch` rows and `length` columns, flattened.

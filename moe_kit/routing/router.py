@@ -47,9 +47,11 @@ class Router(nn.Module):
 
     Attributes:
         site: name under which decisions are recorded and replayed; set by whoever owns the router.
+        group: routers of one group (an adapter) average their losses over their sites; groups add up.
     """
 
     site: str = "router"
+    group: str = ""
 
     def __init__(
         self,

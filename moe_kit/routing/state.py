@@ -7,6 +7,7 @@ about the model's library; hooks elsewhere open and close a forward pass.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -60,48 +61,48 @@ class ModelRouting:
         """End the forward pass: compute auxiliary losses, record ids, stop registering."""
         context = self.context
         context.is_open = False
-        context.closed_losses = auxiliary_losses(context, self.balances_globally)
+        context.closed_losses, context.closed_terms = auxiliary_losses(context, self.balances_globally)
         if self.record is not None:
             self.record.update({site: routing.expert_ids_NK.detach() for site, routing, _ in context.registered})
 
     def total_loss(self) -> Tensor | None:
         """Sum of coefficient times loss over the last forward, or None if no router has a loss."""
-        coefficients: dict[str, Tensor | float] = {}
-        for _, _, router in self.context.registered:
-            for name in router.losses:
-                if name not in coefficients:
-                    coefficients[name] = router.coefficient(name)
-        terms = [
-            coefficients[name] * loss
-            for name, loss in self.context.closed_losses.items()
-            if isinstance(coefficients[name], Tensor) or coefficients[name]
-        ]
+        weighed = [(router.coefficient(name), loss) for router, name, loss in self.context.closed_terms]
+        terms = [factor * loss for factor, loss in weighed if isinstance(factor, Tensor) or factor]
         return torch.stack(terms).sum() if terms else None
 
 
-def auxiliary_losses(context: RoutingContext, across: bool = False) -> dict[str, Tensor]:
-    """Unscaled auxiliary losses of the routers registered in a pass, each averaged over its sites.
+def auxiliary_losses(
+    context: RoutingContext, across: bool = False
+) -> tuple[dict[str, Tensor], list[tuple[Any, str, Tensor]]]:
+    """Unscaled auxiliary losses of the routers registered in a pass.
 
     Args:
         context: a pass.
         across: balance the joined batch of all processes.
 
     Returns:
-        name -> scalar. Names are those of `Router.losses`.
+        name -> scalar, averaged over all sites, and (router, name, scalar) averaged over the sites of each group of
+        routers, whose coefficients and losses are those of that router. Names are those of `Router.losses`.
     """
-    wanted: dict[str, tuple[BalanceLoss, list]] = {}
+    wanted: dict[tuple[str, str], tuple[Any, BalanceLoss, list]] = {}
     for _, routing, router in context.registered:
         if router.training:
             for name, (_, loss) in router.losses.items():
-                wanted.setdefault(name, (loss, []))[1].append(routing)
+                wanted.setdefault((router.group, name), (router, loss, []))[2].append(routing)
     stacks: dict[tuple[int, ...], list] = {}
-    losses = {}
-    for name, (loss, routings) in wanted.items():
+    terms, by_name = [], defaultdict(list)
+    for (_, name), (router, loss, routings) in wanted.items():
         key = tuple(id(routing) for routing in routings)
         if key not in stacks:
             stacks[key] = [joined(stack) if across else stack for stack in stack_routings(routings)]
-        losses[name] = mean_loss(loss, stacks[key])
-    return losses
+        terms.append((router, name, mean_loss(loss, stacks[key])))
+        by_name[name].append((len(routings), terms[-1][2]))
+    losses = {}
+    for name, parts in by_name.items():
+        sites = sum(count for count, _ in parts)
+        losses[name] = parts[0][1] if len(parts) == 1 else torch.stack([n / sites * loss for n, loss in parts]).sum()
+    return losses, terms
 
 
 def find_routing_state(model: nn.Module) -> ModelRouting | None:

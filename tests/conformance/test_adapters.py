@@ -1,15 +1,19 @@
 """Several adapters on one model: add, switch, disable, delete, unload, merge; with LoRA; through transformers alone."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 
-from moe_kit import ConfigError, RoutedAdapterConfig, RoutingError
+from moe_kit import ConfigError, RoutedAdapterConfig, RoutingError, routing_losses
 from moe_kit.adapters.layer import RoutedLayer
 from moe_kit.hf.hooks import _HOOKS
+from moe_kit.routing import weighted_routing_loss
 from moe_kit.routing.state import ATTRIBUTE, find_routing_state
 from tests.conformance.common import NAME, config, routed, wake
 from tests.tiny import batch_of, tiny_llama, wake_banks
+from tests.tolerances import assert_close
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
@@ -304,3 +308,38 @@ class TestBadTargets:
     def test_unknown_balance_scope(self):
         with pytest.raises(ConfigError, match="balance_scope is 'world'"):
             config(balance_scope="world")
+
+
+def test_a_copied_model_moves_its_own_step_state():
+    model = routed(preset="loss_free")
+    copied = copy.deepcopy(model).train()
+    (before, *_) = [value.clone() for name, value in copied.named_buffers() if name.endswith("stepper.bias")]
+    optimizer = torch.optim.SGD([value for value in copied.parameters() if value.requires_grad], lr=0.1)
+    copied(**batch_of()).loss.backward()
+    optimizer.step()
+    (after, *_) = [value for name, value in copied.named_buffers() if name.endswith("stepper.bias")]
+    (kept, *_) = [value for name, value in model.named_buffers() if name.endswith("stepper.bias")]
+    assert not torch.equal(before, after)
+    assert torch.equal(before, kept)
+
+
+def test_auxiliary_losses_of_two_adapters_add_up_with_their_own_coefficients():
+    model = tiny_llama()
+    names = {"first": 0.01, "second": 2.0}
+    for name, coefficient in names.items():
+        model.add_adapter(config(losses={"switch": coefficient}, task_type=None), name)
+    wake(model)
+    model.train()
+    totals = {}
+    for active in ("first", "second", ["first", "second"]):
+        model.set_adapter(active)
+        # fresh adapters with B at 0 leave the hidden states alike, so that losses of one run compare with another's
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if key.endswith(".B"):
+                    value.zero_()
+        model(**batch_of())
+        totals[str(active)] = weighted_routing_loss(model)
+        (loss,) = routing_losses(model).values()
+        assert 0.5 < float(loss) < 4
+    assert_close("sum", totals["['first', 'second']"], totals["first"] + totals["second"])
