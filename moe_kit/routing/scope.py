@@ -168,7 +168,7 @@ class TaskScope:
         if context.task_ids_B is None:
             raise RoutingError(
                 "this adapter routes by task but the forward pass got no task ids: wrap the call in "
-                "`with routing_inputs(model, task_ids=...)` or pass `task_ids=` to the model."
+                "`with routing_inputs(model, task_ids=...)`."
             )
         task_ids_B = context.rows(context.task_ids_B, batch, "task_ids").to(x_BSD.device)
         low, high = int(task_ids_B.min()), int(task_ids_B.max())
