@@ -82,17 +82,22 @@ class Score(nn.Module):
         Returns:
             float32 [..., A].
         """
-        # autocast would round the logits
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            if self.up is not None:
-                x = self.up(x)
-                x = functional.relu(x) if self.relu else functional.gelu(x, approximate="tanh")
-            logits = self.last(x)
+        if torch.is_autocast_enabled(x.device.type):
+            # autocast would round the logits
+            with torch.autocast(x.device.type, enabled=False):
+                logits = self._logits(x.float())
+        else:
+            logits = self._logits(x.float())
         if self.sigmoid:
             pair = [torch.zeros_like(logits), logits] if self.execute == 1 else [logits, torch.zeros_like(logits)]
             logits = torch.cat(pair, dim=-1)
         return logits
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.up is not None:
+            x = self.up(x)
+            x = functional.relu(x) if self.relu else functional.gelu(x, approximate="tanh")
+        return self.last(x)
 
 
 class ActionRouter(nn.Module):
@@ -210,7 +215,7 @@ def pooled_logits(router: ActionRouter, x_BSD: Tensor, mask_BS: Tensor, pooling:
         return torch.einsum("bs,bsa->ba", weight_BS, probabilities_BSA).clamp_min(1e-20).log()
     matrix_BWS, weight_BW = windows
     logits_BWA = router.score(torch.bmm(matrix_BWS, x_BSD.float()))
-    return torch.einsum("bw,bwa->ba", weight_BW, logits_BWA)
+    return (weight_BW[:, :, None] * logits_BWA).sum(1)
 
 
 def choose(logits_NA: Tensor, config: LayerRoutingConfig) -> Tensor:

@@ -65,7 +65,7 @@ class DepthState:
         self.prompt_width: int | None = None
         self.foreign = False
         self._cache: Any = None
-        self._windows: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._windows: dict[tuple, Any] = {}
 
     def __deepcopy__(self, memo: dict) -> DepthState:
         fresh = DepthState(copy.deepcopy(self.routing, memo), self.num_layers, self.anchors)
@@ -191,6 +191,15 @@ class DepthState:
         if replay is not None and site in replay:
             return _repeat_rows(replay[site][:, 0].cpu(), batch)
         return None
+
+    def prompt_mask(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """Tokens that a decision may read, bool [B, S]; made once a pass."""
+        key = ("mask", batch, length, device)
+        if key not in self._windows:
+            mask_T = self.routing.context.prompt_mask_T(batch, length)
+            ones = torch.ones(batch, length, dtype=torch.bool, device=device)
+            self._windows[key] = ones if mask_T is None else mask_T.view(batch, length).to(device)
+        return self._windows[key]
 
     def windows(self, mask_BS: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """`window_matrix` of this pass, made once for all units."""

@@ -180,7 +180,7 @@ class DepthUnit(nn.Module, BaseTunerLayer):
         state, batch, column = self.state, x_BSD.shape[0], self.column_of()
         table_BU = state.table(adapter, carrier, batch)
         known_B = table_BU[:, column]
-        decided = bool((known_B != UNDECIDED).all())
+        decided = UNDECIDED not in known_B.tolist()
         forced_B = state.forced_column(adapter, column, self.site(adapter), batch)
         logits_BA = None
         router = self.moe_depth_router[adapter]
@@ -211,11 +211,7 @@ class DepthUnit(nn.Module, BaseTunerLayer):
 
     def _logits(self, adapter: str, config: LayerRoutingConfig, x_BSD: Tensor) -> Tensor:
         batch, length, _ = x_BSD.shape
-        mask_T = self.state.routing.context.prompt_mask_T(batch, length)
-        if mask_T is None:
-            mask_BS = torch.ones(batch, length, dtype=torch.bool, device=x_BSD.device)
-        else:
-            mask_BS = mask_T.view(batch, length).to(x_BSD.device)
+        mask_BS = self.state.prompt_mask(batch, length, x_BSD.device)
         windows = None
         if config.pooling != "tokens":
             windows = self.state.windows(mask_BS, config.windows if config.pooling == "windows" else 1)
@@ -277,12 +273,13 @@ class DepthUnit(nn.Module, BaseTunerLayer):
         Raises:
             RoutingError: a skip that would leave the cache that sizes the masks empty; no forecaster to approximate.
         """
-        if bool((action_B == APPROXIMATE).any()) and self._forecaster(adapter) is None:
+        actions = set(action_B.tolist())
+        if APPROXIMATE in actions and self._forecaster(adapter) is None:
             raise RoutingError(
                 f"{self.path}: action 3 (approximate) needs a forecaster, but forecaster_hidden is not set in the config."
             )
-        empty = (action_B == SKIP) | (action_B == APPROXIMATE)
-        if call.cache is not None and self.kind != "mlp" and self.layer in self.state.anchors and bool(empty.all()):
+        empty = actions <= {SKIP, APPROXIMATE}
+        if call.cache is not None and self.kind != "mlp" and self.layer in self.state.anchors and empty:
             raise RoutingError(
                 f"{self.path} is the first layer of its attention kind: transformers sizes the masks and positions of "
                 "all layers from its cache, which a skip would leave empty. Leave this layer unrouted (the default), "
