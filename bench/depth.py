@@ -76,7 +76,7 @@ def flops(function: Callable[[], object]) -> int:
 class Routes:
     """A model with fixed routes as a callable for prefill and for decoding, on caches of its own."""
 
-    def __init__(self, model: nn.Module, table: list[list[int]] | None, ids: torch.Tensor) -> None:
+    def __init__(self, model: Callable, table: list[list[int]] | None, ids: torch.Tensor) -> None:
         self.model, self.table, self.ids = model, table, ids
         self.cache: DynamicCache | None = None
 
@@ -106,10 +106,22 @@ class Routes:
                 layer.crop(-DECODE)
 
 
+class Off:
+    """The model with its router switched off: the same weights, since two copies of a model in memory can differ in
+    time by more than a router costs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.model.disable_adapter():
+            return self.model(*args, **kwargs)
+
+
 def sequence_bars(rounds: int) -> list[dict[str, Any]]:
     """Realised share of the possible saving, for prefill and decode, batch 1 and 4, skip shares 1/4 and 1/2."""
-    plain = base_model()
     routed = get_peft_model(base_model(), LayerRoutingConfig.from_preset("dr_llm")).eval()
+    plain = Off(routed)
     routable = list(range(1, 30))
     rows = []
     for batch in (1, 4):
@@ -152,8 +164,8 @@ def sequence_bars(rounds: int) -> list[dict[str, Any]]:
 
 def execute_bars(rounds: int) -> list[dict[str, Any]]:
     """Overhead of a fresh router, which executes everything, with its decision at prefill included."""
-    plain = base_model()
     routed = get_peft_model(base_model(), LayerRoutingConfig.from_preset("dr_llm")).eval()
+    plain = Off(routed)
     rows = []
     for batch in (1, 4):
         ids = torch.randint(0, 49152, (batch, PREFILL), generator=torch.Generator().manual_seed(1))
