@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env
 	$(BIN)/moe-kit train configs/quickstart.yaml
 
+# one thread a worker: tests are small, and two workers with two threads each would get in each other's way
 test: env
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
 check: env lint types docs
 

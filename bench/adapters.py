@@ -76,7 +76,8 @@ def lora(model: nn.Module, rank: int) -> nn.Module:
 def routed(model: nn.Module, preset: str, **overrides: Any) -> nn.Module:
     """One of our presets."""
     config = RoutedAdapterConfig.from_preset(
-        preset, **{"num_experts": 8, "top_k": 2, "r": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **overrides}
+        preset,
+        **{"num_experts": 8, "top_k": 2, "r": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **overrides},
     )
     return get_peft_model(model, config)
 
@@ -306,9 +307,15 @@ def main(argv: list[str] | None = None) -> None:
     for name in options.only:
         rows += BENCHES[name](base, options.rounds, options.layers)
         gc.collect()
-    machine = {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     for row in rows:
-        figures = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in ("bench", "side"))
+        figures = "  ".join(
+            f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in ("bench", "side")
+        )
         print(f"{row['bench']:9} {row['side']:30} {figures}")
     if options.json:
         options.json.write_text("".join(json.dumps({**row, **machine}) + "\n" for row in rows))
