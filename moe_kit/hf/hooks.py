@@ -64,6 +64,18 @@ class HookedRouting(ModelRouting):
         fresh.carries, fresh.balances_globally = self.carries, self.balances_globally
         return fresh
 
+    def current_pass(self) -> tuple:
+        """As for `ModelRouting`, the encoder's side included."""
+        return (self.context, self.encoder_context)
+
+    def return_to(self, current: tuple) -> None:
+        """As for `ModelRouting`, the encoder's side included.
+
+        Args:
+            current: what `current_pass` gave after that forward.
+        """
+        self.context, self.encoder_context = current
+
     def __reduce__(self) -> tuple:
         return (_restore, (self.carries, self.balances_globally))
 
@@ -127,7 +139,7 @@ def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[s
 def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
     arguments = _arguments(module, args, kwargs)
-    if module.training:
+    if module.training and not torch.compiler.is_compiling():
         # a copied or unpickled model has these hooks but was never wrapped in this process
         track(module)
     _start(state, module, arguments)

@@ -65,6 +65,18 @@ class ModelRouting:
         if self.record is not None:
             self.record.update({site: routing.expert_ids_NK.detach() for site, routing, _ in context.registered})
 
+    def current_pass(self) -> tuple:
+        """What recomputation of the last forward pass reads; give it to `return_to` before the backward."""
+        return (self.context,)
+
+    def return_to(self, current: tuple) -> None:
+        """Make an earlier forward pass the current one again, where several precede one backward.
+
+        Args:
+            current: what `current_pass` gave after that forward.
+        """
+        (self.context,) = current
+
     def total_loss(self) -> Tensor | None:
         """Sum of coefficient times loss over the last forward, or None if no router has a loss."""
         weighed = [(router.coefficient(name), loss) for router, name, loss in self.context.closed_terms]

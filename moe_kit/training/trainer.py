@@ -151,6 +151,7 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
         labels, credit = inputs["labels"], self.policy.credit
         if credit == "to_go" and not shifted:
             raise ConfigError("credit='to_go' needs a causal model; use credit='sequence' with an encoder-decoder.")
+        self._check_recomputation(bare)
         with policy_gradient(bare) as state, self._prefix(bare):
             loss, outputs = self._whole_loss(model, inputs, num_items_in_batch)
             if credit == "sequence" and state.context.sequence_BS is not None:
@@ -160,6 +161,7 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
                 )
             losses_BS = token_losses(outputs.logits.detach(), labels, shifted)
             samples = [sample_of(state, losses_BS, credit)]
+            first = state.current_pass()
             adapter_losses = [loss]
             for _ in range(self.policy.num_samples - 1):
                 with torch.set_grad_enabled(self.policy.adapter_gradient == "mean"):
@@ -167,11 +169,24 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
                 samples.append(sample)
                 if self.policy.adapter_gradient == "mean":
                     adapter_losses.append(sample_loss * self._loss_factor(num_items_in_batch))
+        # gradient checkpointing recomputes the pass that has a graph, and must find the decisions of that one
+        state.return_to(first)
         items = label_items(inputs, num_items_in_batch, shifted)
         surrogate = policy_loss(samples, items, credit) * self._loss_factor(num_items_in_batch)
         self._note(samples, items)
         loss = torch.stack(adapter_losses).mean() + surrogate - surrogate.detach()
         return (loss, outputs) if return_outputs else loss
+
+    def _check_recomputation(self, model: nn.Module) -> None:
+        """Refuse what recomputation cannot tell apart: decisions of several passes read by layers far from the router."""
+        sharing = {getattr(config, "router_sharing", None) for config in getattr(model, "peft_config", {}).values()}
+        if self.policy.adapter_gradient != "mean" or "model" not in sharing:
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise ConfigError(
+                "adapter_gradient='mean' recomputes several passes, and router_sharing='model' knows the decisions of one: "
+                "use adapter_gradient='one', another sharing, or no gradient checkpointing."
+            )
 
     def _whole_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None

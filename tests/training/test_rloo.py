@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import BertConfig, BertLMHeadModel, Trainer, TrainingArguments
 
 from moe_kit import ConfigError, RoutedAdapterConfig, RoutedTrainer, record_routing, replay_routing
 from moe_kit.routing import policy_gradient
@@ -304,3 +304,51 @@ def test_every_sample_reaches_the_router(monkeypatch, tmp_path):
     )
     loss.backward()
     torch.testing.assert_close(router.grad, expected)
+
+
+def policy_gradients(model, checkpointing, batch, tmp_path, **policy):
+    model.train().zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = RoutedTrainer(model=model, args=arguments, policy=PolicyConfig(num_samples=3, **policy))
+    torch.manual_seed(5)
+    trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(10)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("sharing", ["input", "block", "model"])
+def test_recomputation_finds_the_decisions_of_the_pass_with_a_graph(sharing, tmp_path):
+    # all linears of one input width, as a shared router asks
+    options = dict(layers=(0, 1), targets=("q_proj", "v_proj", "up_proj"), num_experts=4, router_sharing=sharing)
+    plain = policy_gradients(remix_model(**options), False, batch_of(), tmp_path)
+    again = policy_gradients(remix_model(**options), True, batch_of(), tmp_path)
+    assert plain.keys() == again.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value, msg=name)
+
+
+def test_mean_of_recomputed_passes_refuses_a_router_for_the_whole_model(tmp_path):
+    model = remix_model(layers=(0, 1), targets=("q_proj",), router_sharing="model")
+    with pytest.raises(ConfigError, match="adapter_gradient"):
+        policy_gradients(model, True, batch_of(), tmp_path, adapter_gradient="mean")
+
+
+def test_passes_that_share_a_prefix_are_recomputed_one_by_one(tmp_path):
+    """BERT's query, key and value read the kept output of the layer below itself, the same tensor in every pass."""
+
+    def model():
+        torch.manual_seed(0)
+        size = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, is_decoder=True)
+        values = dict(num_experts=4, top_k=2, r=2, target_modules=["query", "key", "value"], layers_to_transform=[1])
+        config = RoutedAdapterConfig.from_preset("remix", layers_pattern="layer", **values)
+        routed = get_peft_model(BertLMHeadModel(BertConfig(**size, **quiet)), config)
+        wake_banks(routed, std=2.0)
+        return routed
+
+    batch = {name: value for name, value in batch_of().items() if name != "attention_mask"}
+    plain = policy_gradients(model(), False, batch, tmp_path, adapter_gradient="mean")
+    again = policy_gradients(model(), True, batch, tmp_path, adapter_gradient="mean")
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value, msg=name)
