@@ -140,12 +140,29 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             return context.routings[router.site]
         cached = context.shared.get(router.site)
         # an encoder's output is the same tensor in recomputation, which must still decide anew: it saves what the
-        # first run saved
-        if cached is not None and cached[0]() is x and cached[3] == context.is_open:
+        # first run saved; and what was computed without a graph is of no use to a sibling that needs one
+        mode = (context.is_open, torch.is_grad_enabled())
+        if cached is not None and cached[0]() is x and cached[3] == mode:
             return cached[1]
         routing = router(self._rows(x, context), context)
-        context.shared[router.site] = (_reference(x), routing, {}, context.is_open)
+        context.shared[router.site] = (_reference(x), routing, {}, mode)
         return routing
+
+    def _forget_spent(self, adapter_name: str, x: Tensor) -> None:
+        """Outside a forward pass a decision serves each sibling once.
+
+        There a second call with the same tensor is another recomputation, or a user who calls layers by hand and may
+        have trained in between.
+        """
+        context = self._context(x)
+        site = self.owners[adapter_name].moe_adapter_router[adapter_name].site
+        if context.is_open:
+            return
+        spent = context.spent.setdefault(site, set())
+        if self.path in spent:
+            context.shared.pop(site, None)
+            spent.clear()
+        spent.add(self.path)
 
     def _context(self, x: Tensor) -> RoutingContext:
         """Context of the tokens that this layer sees: the encoder's, the decoder's, or one token a row."""
@@ -199,6 +216,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.moe_adapter_bank]
         if self._disable_adapters or not active:
             return self.base_layer(x, *args, **kwargs)
+        for name in active:
+            self._forget_spent(name, x)
         x_TD = x.reshape(-1, x.shape[-1])
         if len(active) == 1 and not args and not kwargs:
             fused = self._fused(active[0], x, x_TD)
@@ -240,6 +259,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         base = self.base_layer
         return not (
             type(base) is not nn.Linear
+            # a quantised weight is a tensor of a class of its own, which only its linear knows how to multiply
+            or type(base.weight) is not nn.Parameter
             or base._forward_hooks
             or base._forward_pre_hooks
             or base.weight.requires_grad

@@ -40,7 +40,8 @@ class RoutingContext:
         forced_sites: sites that obey the forced values; None = all.
         routings: site name -> the `Routing` made last in this pass.
         shared: site name -> (reference to the input, its `Routing`, outputs computed along with the first sibling's by
-            module path, whether the pass was open): layers with the same input read it.
+            module path, (whether the pass was open, whether there was a graph)): layers with the same input read it.
+        spent: site name -> module paths that have read its entry in `shared` since the pass ended.
         registered: every Routing registered in this pass, as (site, routing, router).
         carried: site name -> float32 logits [B, E] of decisions that outlive the prompt (sequence and request scope).
             A hook gives an empty dict when a cache starts, keeps what the routers put in, and gives it back while
@@ -65,7 +66,8 @@ class RoutingContext:
     forced_weights_BE: Tensor | None = None
     forced_sites: frozenset[str] | None = None
     routings: dict[str, Routing] = field(default_factory=dict)
-    shared: dict[str, tuple[Any, Routing, dict[str, Tensor], bool]] = field(default_factory=dict)
+    shared: dict[str, tuple[Any, Routing, dict[str, Tensor], tuple[bool, bool]]] = field(default_factory=dict)
+    spent: dict[str, set[str]] = field(default_factory=dict)
     registered: list[tuple[str, Routing, torch.nn.Module]] = field(default_factory=list)
     carried: dict[str, Tensor] | None = None
     policy_gradient: bool = False

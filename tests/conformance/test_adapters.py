@@ -343,3 +343,27 @@ def test_auxiliary_losses_of_two_adapters_add_up_with_their_own_coefficients():
         (loss,) = routing_losses(model).values()
         assert 0.5 < float(loss) < 4
     assert_close("sum", totals["['first', 'second']"], totals["first"] + totals["second"])
+
+
+class TestLayersCalledByHand:
+    """Outside a pass of the model nothing is kept longer than a group of siblings needs it."""
+
+    def attention(self):
+        model = routed(target_modules=["q_proj", "k_proj", "v_proj"])
+        return model.base_model.model.model.layers[0].self_attn, torch.randn(2, 5, 16)
+
+    def test_again_after_training(self):
+        attention, x = self.attention()
+        first = attention.q_proj(x)
+        first.sum().backward()
+        with torch.no_grad():
+            attention.q_proj.moe_adapter_router[NAME].score.weight.neg_()
+        second = attention.q_proj(x)
+        second.sum().backward()
+        assert not torch.equal(first, second)
+
+    def test_a_sibling_gets_a_graph_of_its_own(self):
+        attention, x = self.attention()
+        with torch.no_grad():
+            attention.q_proj(x)
+        assert attention.k_proj(x).requires_grad

@@ -232,6 +232,44 @@ class TestPrecision:
         assert {key.split(".")[-1] for key in found} >= {"A", "B"}
         assert model.eval().generate(**prompts(), max_new_tokens=2).shape == (2, 7)
 
+    def test_quantised_weights_of_a_plain_linear(self):
+        """A weight of its own tensor class inside `nn.Linear`, as torchao leaves it: it knows `linear` and nothing else."""
+        base = tiny_llama(width=32).eval()
+        for module in base.modules():
+            if type(module) is nn.Linear and module is not base.lm_head:
+                scale = module.weight.detach().abs().amax() / 127
+                codes = (module.weight.detach() / scale).round().to(torch.int8)
+                module.weight = nn.Parameter(Int8Weight(codes, scale), requires_grad=False)
+        model = get_peft_model(base, config(target_modules="all-linear"), adapter_name=NAME)
+        wake(model)
+        model.train()(**batch_of()).loss.backward()
+        assert {key.split(".")[-1] for key in gradients(model)} >= {"A", "B"}
+
+
+class Int8Weight(torch.Tensor):
+    """Int8 codes with a scale, which look like a float32 matrix."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            x, weight, *rest = args
+            return nn.functional.linear(x, weight.codes.float() * weight.scale, *rest)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args, kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(str(function))
+
 
 class Int8Linear(nn.Module):
     """Weights as int8 with a scale for each row; there is no float weight to look at."""
