@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from moe_kit.errors import ConfigError
+from moe_kit.hf.batch import predicts_next_token
 from moe_kit.hf.delivery import collecting
 from moe_kit.hf.hooks import loss_share
 from moe_kit.routing.state import find_routing_state, policy_gradient
@@ -147,8 +148,14 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
             loss, outputs = self._whole_loss(model, inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
         bare = self.accelerator.unwrap_model(model)
-        shifted = not getattr(bare.config, "is_encoder_decoder", False)
         labels, credit = inputs["labels"], self.policy.credit
+        if labels.dim() != 2:
+            raise ConfigError(
+                f"labels have shape {list(labels.shape)}, expected [B, S]: a sampled router is charged with the losses of "
+                "tokens. Train it on a language model, or use a preset without sampling for classification."
+            )
+        # a masked language model predicts each label where it stands
+        shifted = predicts_next_token(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
         if credit == "to_go" and not shifted:
             raise ConfigError("credit='to_go' needs a causal model; use credit='sequence' with an encoder-decoder.")
         self._check_recomputation(bare)

@@ -11,7 +11,14 @@ from itertools import product
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, BertLMHeadModel, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from moe_kit import ConfigError, RoutedAdapterConfig, RoutedTrainer, record_routing, replay_routing
 from moe_kit.routing import policy_gradient
@@ -352,3 +359,37 @@ def test_passes_that_share_a_prefix_are_recomputed_one_by_one(tmp_path):
     again = policy_gradients(model(), True, batch, tmp_path, adapter_gradient="mean")
     for name, value in plain.items():
         torch.testing.assert_close(again[name], value, msg=name)
+
+
+def bert_policy(kind, tmp_path, **batch):
+    torch.manual_seed(0)
+    size = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = RoutedAdapterConfig.from_preset("remix", num_experts=4, top_k=2, r=2, target_modules=["query", "value"])
+    model = get_peft_model(kind(BertConfig(**size, **quiet)), config).train()
+    wake_banks(model, std=2.0)
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = RoutedTrainer(model=model, args=arguments, policy=PolicyConfig(num_samples=2))
+    trainer.compute_loss(model, {**batch_of(), **batch})
+    return trainer
+
+
+def test_a_masked_language_model_is_charged_with_labels_where_they_stand(tmp_path):
+    labels = torch.full((2, 6), -100)
+    labels[:, 0] = 5
+    trainer = bert_policy(BertForMaskedLM, tmp_path, labels=labels)
+    # shifted labels would drop the first column, and all samples would cost nothing
+    assert float(trainer._policy_metrics["policy_loss_std"]) > 0
+
+
+def test_classification_refuses_a_policy(tmp_path):
+    with pytest.raises(ConfigError, match="labels have shape"):
+        bert_policy(BertForSequenceClassification, tmp_path, labels=torch.tensor([0, 1]))
+
+
+def test_batches_of_embeddings_train(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=1, disable_tqdm=True)
+    data = [{"inputs_embeds": torch.randn(6, 16), "labels": row} for row in batch_of()["labels"]]
+    trainer = RoutedTrainer(model=remix_model(), args=arguments, train_dataset=data)
+    trainer.train()
+    assert trainer.state.global_step == 1
