@@ -49,7 +49,11 @@ def guarded(base: type) -> type:
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             ids = inputs.pop("example_ids", None)
             mask = inputs.get("attention_mask")
-            self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            if mask is not None:
+                self.tokens_seen += int(mask.sum())
+            elif "input_ids" in inputs:
+                # embeddings, pixels or sound in their place are not counted
+                self.tokens_seen += inputs["input_ids"].numel()
             loss = super().training_step(model, inputs, *args, **kwargs)
             if not loss.isfinite().all():
                 good = last_checkpoint(self.args.output_dir)
