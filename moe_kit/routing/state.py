@@ -170,7 +170,8 @@ def routing_inputs(
         "prior": prior,
         "prompt_length": prompt_length,
         "prompt_mask": prompt_mask,
-        "scalars": scalars or None,
+        # an inner block adds to the scalars of an outer one
+        "scalars": {**state.inputs.get("scalars", {}), **scalars} or None,
     }
     previous = state.inputs
     state.inputs = {**previous, **{name: value for name, value in given.items() if value is not None}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 
-from moe_kit import ConfigError, RoutedAdapterConfig, RoutingError, routing_losses
+from moe_kit import ConfigError, RoutedAdapterConfig, RoutingError, routing_inputs, routing_losses
 from moe_kit.adapters.layer import RoutedLayer
 from moe_kit.hf.hooks import _HOOKS
 from moe_kit.routing import weighted_routing_loss
@@ -367,3 +367,11 @@ class TestLayersCalledByHand:
         with torch.no_grad():
             attention.q_proj(x)
         assert attention.k_proj(x).requires_grad
+
+
+def test_an_inner_block_of_inputs_adds_scalars_to_the_outer_one():
+    model = routed()
+    state = find_routing_state(model)
+    with routing_inputs(model, mask_ratio=0.5, step=1.0), routing_inputs(model, step=2.0):
+        assert state.inputs["scalars"] == {"mask_ratio": 0.5, "step": 2.0}
+    assert state.inputs == {}
