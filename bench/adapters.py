@@ -114,7 +114,9 @@ class Step:
 
     def __post_init__(self) -> None:
         self.model.train()
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        # fused, as transformers' Trainer runs it by default
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def __call__(self) -> None:
         """Forward, backward, update."""
@@ -245,7 +247,7 @@ def bench_remix(base: nn.Module, rounds: int, layers: int) -> list[dict]:
 
 
 def _policy_step(trainer: Any, model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> None:
         trainer.compute_loss(model, dict(batch)).backward()
