@@ -153,6 +153,11 @@ class RoutedAdapterConfig(PeftConfig):
             raise ConfigError(f"dropout is {self.dropout}, expected a value in [0, 1).")
         if self.balance_scope not in ("micro", "global"):
             raise ConfigError(f"balance_scope is {self.balance_scope!r}, expected 'micro' or 'global'.")
+        if self.weight == "remix" and self.rank_pattern and self.router_sharing != "none":
+            raise ConfigError(
+                "rank_pattern gives linears different ranks, but remix's weight 2/sqrt(k r) is the shared router's own: "
+                "set router_sharing='none', so that each linear has the weight of its rank."
+            )
         if self.router_sharing not in SHARING:
             raise ConfigError(f"router_sharing is {self.router_sharing!r}, expected one of {', '.join(SHARING)}.")
         if self.causal_leak not in (None, "allow"):

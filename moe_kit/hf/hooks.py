@@ -249,7 +249,8 @@ def _cache_of(cache: Any) -> Any:
 
 def _carried(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
     """Decisions that ride on the cache of this request, to be filled by its first pass."""
-    if module.training:
+    # a training pass is its own request; generation in training mode runs without gradients
+    if module.training and torch.is_grad_enabled():
         return None
     from moe_kit.hf.cache import ensure_carrier
 

@@ -223,25 +223,38 @@ def replay_routing(model: nn.Module, record: Mapping[str, Tensor]) -> Iterator[N
 @contextmanager
 def force_experts(
     model: nn.Module,
-    ids_BK: Tensor | None = None,
-    weights_BE: Tensor | None = None,
+    ids_BK: Tensor | Sequence[Sequence[int]] | None = None,
+    weights_BE: Tensor | Sequence[Sequence[float]] | None = None,
     sites: Sequence[str] | None = None,
 ) -> Iterator[None]:
     """Force the same experts for all decisions of a row, at all routers or some.
 
     Args:
         model: a model with moe_kit routers.
-        ids_BK: int64 [B or 1, K], experts for each row; weights stay the router's own.
+        ids_BK: int64 [B or 1, K], experts for each row, a tensor or nested lists; weights stay the router's own.
         weights_BE: float [B or 1, E], weights for each row; exactly one of the two is given.
         sites: names of the sites that obey; None = all.
 
     Raises:
-        RoutingError: if none or both of ids and weights are given, or the model has no moe_kit routers.
+        RoutingError: if none or both of ids and weights are given, they have another shape or type, a site is unknown,
+            or the model has no moe_kit routers.
     """
     if (ids_BK is None) == (weights_BE is None):
         raise RoutingError("force_experts needs either ids_BK or weights_BE, not both and not none.")
     state = require_routing_state(model)
+    name, given = ("ids_BK", ids_BK) if weights_BE is None else ("weights_BE", weights_BE)
+    rows = torch.as_tensor(given)
+    if rows.dim() != 2:
+        raise RoutingError(f"{name} has shape {list(rows.shape)}, expected one row for each batch row: [B or 1, ...].")
+    if ids_BK is not None and (rows.is_floating_point() or rows.dtype == torch.bool):
+        raise RoutingError(f"{name} has dtype {rows.dtype}, expected whole numbers: pass weights as weights_BE.")
+    ids_BK, weights_BE = (rows.long(), None) if weights_BE is None else (None, rows.float())
     chosen = None if sites is None else frozenset(sites)
+    known = {module.site for module in model.modules() if hasattr(module, "site")}
+    if chosen is not None and chosen - known:
+        raise RoutingError(
+            f"force_experts names {min(chosen - known)!r}, which is no site of this model: take names from record_routing."
+        )
     with _override(state, forced_ids_BK=ids_BK, forced_weights_BE=weights_BE, forced_sites=chosen):
         yield
 

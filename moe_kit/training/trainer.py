@@ -147,6 +147,11 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
         if not has_policy(model):
             loss, outputs = self._whole_loss(model, inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            raise ConfigError(
+                "a sampled router is charged with the model's own cross-entropy, so a compute_loss_func or label "
+                "smoothing would train router and experts on different losses: drop it, or set freeze_router=True."
+            )
         bare = self.accelerator.unwrap_model(model)
         labels, credit = inputs["labels"], self.policy.credit
         if labels.dim() != 2:
