@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from moe_kit import RoutedAdapterConfig
 from peft import get_peft_model
+
+from moe_kit import RoutedAdapterConfig
 from tests.tiny import batch_of, tiny_llama
 
 STEPS = 10
-# a near-tie may fall otherwise on another processor, hence one percent below; mean label cross-entropy plus auxiliary losses at each step, made by this file on x86-64 with torch 2.13
+# mean label cross-entropy plus auxiliary losses at each step, made by this file on x86-64 with torch 2.13;
+# compared within 1 %, since a near-tie may fall otherwise on another processor
 CURVES = {
     "mixture_of_lora": [4.88261, 4.0174, 3.46291, 2.98391, 2.76231, 2.56876, 2.40704, 2.19178, 2.09755, 2.06266],
     "loss_free": [4.87138, 3.98814, 3.35545, 2.9508, 2.72193, 2.44014, 2.3019, 2.09574, 1.90086, 1.84812],
