@@ -1,9 +1,9 @@
 """The operators on one's own shapes: `python -m bench kernels --tokens 4096 --experts 64 --top-k 8 --d-in 2048 --d-out 1024`.
 
 Runs on the GPU if there is one, else on the CPU. Checks first (every side against the reference, outputs and gradients),
-then measures forward and backward, paired and alternating, against what else runs there: torch's grouped_mm, transformers'
-expert backends, masked GEMMs, a loop, and scattermoe, Liger or SonicMoE's expert layers where they can be imported (named
-in the output, so that a missing peer is seen).
+then measures forward and backward, paired and alternating, against torch's grouped_mm, a masked GEMM pair and a loop.
+transformers' expert backends are not measured here yet; scattermoe, Liger and SonicMoE are looked for and named in the
+output, not measured.
 """
 
 import argparse

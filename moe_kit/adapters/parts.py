@@ -147,24 +147,8 @@ WEIGHTS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Weight]] = {
     "raw": lambda config, sizes: RawWeight(**config.weight_options),
 }
 BANKS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Bank]] = {
-    "lora": lambda config, sizes: LoRABank(
-        sizes.width_in,
-        sizes.width_out,
-        sizes.num_experts,
-        sizes.rank,
-        scale=lora_scale(config, sizes.rank),
-        dropout=config.dropout,
-        **config.bank_options,
-    ),
-    "shared_a": lambda config, sizes: SharedABank(
-        sizes.width_in,
-        sizes.width_out,
-        sizes.num_experts,
-        sizes.rank,
-        scale=lora_scale(config, sizes.rank),
-        dropout=config.dropout,
-        **config.bank_options,
-    ),
+    "lora": lambda config, sizes: _lora_bank(LoRABank, config, sizes),
+    "shared_a": lambda config, sizes: _lora_bank(SharedABank, config, sizes),
     "rank_one": lambda config, sizes: RankOneBank(
         sizes.width_in,
         sizes.width_out,
@@ -187,6 +171,19 @@ STEPPERS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], StepState]] = {
     "sparsity": lambda config, sizes: SparsityController(sizes.slots, config.top_k, **config.stepper_options),
     "two_stage_entropy": lambda config, sizes: TwoStageEntropy(**config.stepper_options),
 }
+
+
+def _lora_bank(kind: Callable[..., Bank], config: RoutedAdapterConfig, sizes: Sizes) -> Bank:
+    """A bank of LoRA experts, whichever matrices they share."""
+    return kind(
+        sizes.width_in,
+        sizes.width_out,
+        sizes.num_experts,
+        sizes.rank,
+        scale=lora_scale(config, sizes.rank),
+        dropout=config.dropout,
+        **config.bank_options,
+    )
 
 
 def remix_weight(top_k: int, rank: int, use_rslora: bool) -> float:
