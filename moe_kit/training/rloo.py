@@ -8,7 +8,8 @@ objective. The surrogate is
 
 with that sequence's own log Q. With `credit="to_go"` a decision at token t is charged only with the losses of labels
 at or after t, which it can influence; earlier labels cannot depend on it, so dropping them keeps the estimator
-unbiased and lowers its variance. It needs one decision a token in a causal model.
+unbiased and takes out their noise. It needs one decision a token in a causal model. `variance.py` estimates the
+variance under both.
 
 The gradient of a router needs only losses and log-probabilities, so M - 1 of the M passes run without a graph for
 the model, and layers below the first adapter run once for all (see `prefix.py`).
@@ -33,6 +34,7 @@ from moe_kit.errors import ConfigError
 from moe_kit.routing.decision import Routing
 from moe_kit.routing.policy import rloo_loss
 from moe_kit.routing.state import ModelRouting
+from moe_kit.training.variance import DecisionScores, decision_scores
 
 CREDITS = ("sequence", "to_go")
 _IGNORED_LABEL = -100
@@ -57,6 +59,24 @@ def token_losses(logits: Tensor, labels: Tensor, shifted: bool = True) -> Tensor
     return losses.view(labels.shape)
 
 
+def at_their_columns(losses_BS: Tensor, kept: Tensor | int | None, length: int) -> Tensor:
+    """Put the losses of a head that ran on some columns only back to where they stand in the input.
+
+    Args:
+        losses_BS: float32 [B, kept columns].
+        kept: the model's argument `logits_to_keep`, indices of columns or the number of last ones; None = last ones.
+        length: S.
+
+    Returns:
+        float32 [B, S], 0 where the head did not run.
+    """
+    if losses_BS.shape[1] >= length:
+        return losses_BS
+    if isinstance(kept, Tensor):
+        return losses_BS.new_zeros(losses_BS.shape[0], length).index_copy(1, kept, losses_BS)
+    return F.pad(losses_BS, (length - losses_BS.shape[1], 0))
+
+
 @dataclass(frozen=True)
 class PolicySample:
     """One pass under one selection.
@@ -64,10 +84,12 @@ class PolicySample:
     Attributes:
         losses_BS: float32 [B, S], loss of each position.
         log_prob: float32 [B] (credit "sequence") or [B, S] (credit "to_go"), summed over routers, with gradient.
+        scores: of every decision, for the estimate of the variance; empty = none asked for.
     """
 
     losses_BS: Tensor
     log_prob: Tensor
+    scores: tuple[DecisionScores, ...] = ()
 
 
 def has_policy(model: nn.Module) -> bool:
@@ -97,7 +119,9 @@ def sample_of(state: ModelRouting, losses_BS: Tensor, credit: str) -> PolicySamp
         raise ConfigError("no router sampled its experts in this pass: use a preset such as 'remix', in training mode.")
     # a forward-only pass runs without a graph, its log-probabilities still carry theirs
     with torch.enable_grad():
-        return PolicySample(losses_BS, _log_prob(routings, losses_BS.shape, credit))
+        log_prob = _log_prob(routings, losses_BS.shape, credit)
+    scores = decision_scores(state.context.registered, losses_BS.numel())
+    return PolicySample(losses_BS, log_prob, tuple(scores))
 
 
 def _log_prob(routings: list[Routing], shape: torch.Size, credit: str) -> Tensor:

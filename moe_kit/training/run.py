@@ -170,13 +170,11 @@ def fit(
         arguments = TrainingArguments(**_trainer_arguments(recipe, folder))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"train: {error}") from error
-    # a decision charged with the labels after it needs losses at their own columns
-    narrow = recipe.train.policy.get("credit") != "to_go" and _takes_logits_to_keep(model)
     trainer = guarded(trainer_class)(
         model=model,
         args=arguments,
         train_dataset=encoded,
-        data_collator=Collator(pad_token_id=tokenizer.pad_token_id, answer_logits_only=narrow),
+        data_collator=Collator(pad_token_id=tokenizer.pad_token_id, answer_logits_only=_takes_logits_to_keep(model)),
         processing_class=tokenizer,
         **options,
     )

@@ -18,18 +18,20 @@ from moe_kit.errors import ConfigError
 from moe_kit.hf.batch import predicts_next_token
 from moe_kit.hf.delivery import collecting
 from moe_kit.hf.hooks import loss_share
-from moe_kit.routing.state import find_routing_state, policy_gradient
+from moe_kit.routing.state import ModelRouting, find_routing_state, policy_gradient
 from moe_kit.training.checkpoints import atomic
 from moe_kit.training.prefix import shared_prefix
 from moe_kit.training.rloo import (
     CREDITS,
     PolicySample,
+    at_their_columns,
     has_policy,
     label_items,
     policy_loss,
     sample_of,
     token_losses,
 )
+from moe_kit.training.variance import credit_variance
 
 ADAPTER_GRADIENTS = ("one", "mean")
 
@@ -106,7 +108,9 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
         self.policy = policy or PolicyConfig()
         self.policy.validate()
         super().__init__(*args, **kwargs)
+        # sums over the micro-batches since the last line of the log
         self._policy_metrics: dict[str, Tensor] = {}
+        self._policy_batches = 0
 
     optimizer: torch.optim.Optimizer | None
 
@@ -171,8 +175,7 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
                     "credit='sequence' needs one sequence a row, but documents are packed: train without packing, or "
                     "with credit='to_go'."
                 )
-            losses_BS = token_losses(outputs.logits.detach(), labels, shifted)
-            samples = [sample_of(state, losses_BS, credit)]
+            samples = [sample_of(state, _losses(state, outputs, inputs, shifted), credit)]
             first = state.current_pass()
             adapter_losses = [loss]
             for _ in range(self.policy.num_samples - 1):
@@ -185,7 +188,7 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
         state.return_to(first)
         items = label_items(inputs, num_items_in_batch, shifted)
         surrogate = policy_loss(samples, items, credit) * self._loss_factor(num_items_in_batch)
-        self._note(samples, items)
+        self._note(samples, items, shifted and state.context.sequence_BS is None, shifted)
         loss = torch.stack(adapter_losses).mean() + surrogate - surrogate.detach()
         return (loss, outputs) if return_outputs else loss
 
@@ -228,21 +231,28 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
         extra = {"num_items_in_batch": num_items} if self.model_accepts_loss_kwargs and num_items is not None else {}
         with self.compute_loss_context_manager():
             outputs = model(**{**inputs, **extra})
-        losses_BS = token_losses(outputs.logits.detach(), inputs["labels"], shifted)
-        return sample_of(state, losses_BS, self.policy.credit), outputs.loss
+        return sample_of(state, _losses(state, outputs, inputs, shifted), self.policy.credit), outputs.loss
 
     def _loss_factor(self, num_items: Tensor | int | None) -> int:
         """What the stock Trainer multiplies a loss by when tokens are averaged across processes."""
         averaged = self.args.average_tokens_across_devices and num_items is not None
         return self.accelerator.num_processes if averaged else 1
 
-    def _note(self, samples: list[PolicySample], items: Tensor | float) -> None:
-        """Keep what tells whether the policy learns: the spread of the losses between selections."""
+    def _note(self, samples: list[PolicySample], items: Tensor | float, one_sequence: bool, causal: bool) -> None:
+        """Keep what tells whether the policy learns: the spread of the losses, and of the gradient under each credit."""
         losses_MB = torch.stack([sample.losses_BS.sum(-1) for sample in samples]) / items
-        self._policy_metrics = {"policy_loss_std": losses_MB.std(0).mean()}
+        noted = {"policy_loss_std": losses_MB.std(0).mean()}
+        # only where a credit is right: packed rows hold several sequences, and "to_go" needs a causal model
+        for credit, holds in (("sequence", one_sequence or not causal), ("to_go", causal)):
+            variance = credit_variance(samples, items, credit) if holds else None
+            if variance is not None:
+                noted[f"policy_variance_{credit}"] = variance
+        for name, value in noted.items():
+            self._policy_metrics[name] = self._policy_metrics.get(name, 0.0) + value
+        self._policy_batches += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the policy's own figures beside the loss.
+        """Log, with the policy's own figures beside the loss, averaged over the micro-batches since the last line.
 
         Args:
             logs: values to log.
@@ -250,5 +260,16 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
             **kwargs: as for the stock Trainer.
         """
         if self._policy_metrics and "loss" in logs:
-            logs = {**logs, **{name: float(value) for name, value in self._policy_metrics.items()}}
+            logs = {
+                **logs,
+                **{name: float(value) / self._policy_batches for name, value in self._policy_metrics.items()},
+            }
+            self._policy_metrics, self._policy_batches = {}, 0
         super().log(logs, *args, **kwargs)
+
+
+def _losses(state: ModelRouting, outputs: Any, inputs: dict[str, Any], shifted: bool) -> Tensor:
+    """Losses of a pass at the columns of its tokens, [B, S]."""
+    losses_BS = token_losses(outputs.logits.detach(), inputs["labels"], shifted)
+    shape = state.context.shape_BS
+    return losses_BS if shape is None else at_their_columns(losses_BS, inputs.get("logits_to_keep"), shape[1])
