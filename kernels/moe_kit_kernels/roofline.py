@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moe_kit_kernels.grouped_mm.tiles import tile_height
+from moe_kit_kernels.route_plan import tile_height
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,11 @@ def product_cost(
     Returns:
         Its cost; index and tile-map reads, below a percent, are left out.
     """
+    largest_first = sorted(range(len(runs)), key=lambda expert: -len(runs[expert]))
     tiles = [
-        (expert, run[start : start + rows]) for expert, run in enumerate(runs) for start in range(0, len(run), rows)
+        (expert, runs[expert][start : start + rows])
+        for expert in largest_first
+        for start in range(0, len(runs[expert]), rows)
     ]
     blocks = -(-O // BN)
     matrices = 2 if gated else 1

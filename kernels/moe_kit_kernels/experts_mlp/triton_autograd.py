@@ -10,9 +10,8 @@ Saved: x (shared), z `[P, F]`, the stacks, the weights and the routing.
 import torch
 from torch import Tensor
 
-from moe_kit_kernels.grouped_mm import launch
-from moe_kit_kernels.grouped_mm.tiles import TileMap
-from moe_kit_kernels.route_plan import RoutePlan
+from moe_kit_kernels.grouped_mm import launch, launch_sums
+from moe_kit_kernels.route_plan import RoutePlan, TileMap
 
 
 def forward(
@@ -32,7 +31,7 @@ def forward(
     options = {"gather": True, "activation": activation, "gated": gated}
     h_PH, z_PF = launch.product(x_TD, up_EFD, plan, tiles, bias_EO=up_bias_EF, keep=keep, **options)
     y_PD, _ = launch.product(h_PH, down_EDH, plan, tiles, bias_EO=down_bias_ED)
-    return launch.combine(y_PD, plan, weights_P), z_PF, tiles
+    return launch_sums.combine(y_PD, plan, weights_P), z_PF, tiles
 
 
 def backward(
@@ -64,19 +63,19 @@ def backward(
         dot_P = dot_P.masked_fill(plan.sorted_expert_P == plan.num_experts, 0)
         dweights = dot_P.index_select(0, plan.inverse_P).to(weights_P.dtype)
     if need_down:
-        d_down, _ = launch.gram(dy_TD, wh_PH, down_EDH, plan, gather_dz=True)
+        d_down, _ = launch_sums.gram(dy_TD, wh_PH, down_EDH, plan, gather_dz=True)
     if need_down_bias:
         # the sum over an expert's rows of w dy, as the bias of a product with one column of ones
         w_P = weights_P.index_select(0, plan.order_P).float()
         ones_P1 = torch.ones(plan.num_pairs, 1, dtype=dy_TD.dtype, device=dy_TD.device)
         like_ED1 = down_EDH.new_empty(down_EDH.shape[0], down_EDH.shape[1], 1)
-        _, d_down_bias = launch.gram(dy_TD, ones_P1, like_ED1, plan, gather_dz=True, scale_P=w_P, bias=True)
+        _, d_down_bias = launch_sums.gram(dy_TD, ones_P1, like_ED1, plan, gather_dz=True, scale_P=w_P, bias=True)
     if need_up or need_up_bias:
-        d_up, d_up_bias = launch.gram(dz_PF, x_TD, up_EFD, plan, gather_x=True, bias=need_up_bias)
+        d_up, d_up_bias = launch_sums.gram(dz_PF, x_TD, up_EFD, plan, gather_x=True, bias=need_up_bias)
         d_up = d_up if need_up else None
     if need_x:
         dx_PD, _ = launch.product(dz_PF, up_EFD.transpose(1, 2), plan, tiles)
-        dx = launch.combine(dx_PD, plan)
+        dx = launch_sums.combine(dx_PD, plan)
     return dx, d_up, d_down, dweights, d_up_bias, d_down_bias
 
 

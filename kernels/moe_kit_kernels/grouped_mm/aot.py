@@ -2,12 +2,9 @@
 
 from moe_kit_kernels import tuning
 from moe_kit_kernels.aot import Variant
-from moe_kit_kernels.grouped_mm.triton import (
-    combine_kernel,
-    grouped_gram_kernel,
-    grouped_mm_dact_kernel,
-    grouped_mm_kernel,
-)
+from moe_kit_kernels.grouped_mm.launch_sums import gram_tile, split_block
+from moe_kit_kernels.grouped_mm.triton import grouped_mm_dact_kernel, grouped_mm_kernel
+from moe_kit_kernels.grouped_mm.triton_sums import combine_kernel, grouped_gram_kernel, split_sum_kernel
 
 _INDEX = {"source_ptr": "*i64", "target_ptr": "*i64"}
 _TILES = {"tile_expert_ptr": "*i32", "tile_start_ptr": "*i64", "tile_end_ptr": "*i64"}
@@ -43,6 +40,14 @@ def variants(arch: str) -> list[Variant]:
     found.append(_dact("odd-128", arch, 128, 1001, 333, wide=False))
     for rows in (16, 128):
         found.append(_gram(f"aligned-{rows}", arch, rows, 2048, 1536))
+        # gradients of low-rank factors: one side is narrow, and a hot expert is split
+        found.append(_gram(f"down-{rows}", arch, rows, 4096, 16, split=True))
+        found.append(_gram(f"up-{rows}", arch, rows, 16, 4096, split=True))
+    found.append(_gram("up-transposed", arch, 128, 16, 4096, split=True, transposed=True))
+    found.append(_split_sum("down", 16, 4096))
+    found.append(_split_sum("up", 4096, 16))
+    found.append(_split_sum("up-transposed", 4096, 16, transposed=True))
+    found.append(_split_sum("odd", 1001, 5, wide=False))
     found.append(_gram("odd-128", arch, 128, 1001, 333, wide=False))
     for name, width, slots in (("aligned", 4096, 8), ("odd", 1001, 8), ("pairs", 4096, 0)):
         pointers = {"rows_ptr": "*bf16", "y_ptr": "*bf16", "weight_ptr": "*fp32", "inverse_ptr": "*i64"}
@@ -143,21 +148,43 @@ def _dact(name: str, arch: str, rows: int, D: int, H: int, wide: bool = True) ->
     )
 
 
-def _gram(name: str, arch: str, rows: int, D: int, O: int, wide: bool = True) -> Variant:
-    tile = default_config("grouped_gram", rows, arch, False, wide)
+def _split_sum(name: str, O: int, D: int, *, transposed: bool = False, wide: bool = True) -> Variant:
+    stride_o, stride_d = (1, O) if transposed else (D, 1)
+    return Variant(
+        kernel="split_sum",
+        name=name,
+        function=split_sum_kernel,
+        pointers={"part_ptr": "*fp32", "dw_ptr": "*bf16", "first_slot_ptr": "*i64"},
+        integers={"O": O, "D": D, "stride_we": O * D, "stride_wo": stride_o, "stride_wd": stride_d},
+        constants=dict(zip(("BO", "BD"), split_block(O, D))),
+        wide_loads=wide,
+    )
+
+
+def _gram(
+    name: str, arch: str, rows: int, D: int, O: int, wide: bool = True, *, split: bool = False, transposed: bool = False
+) -> Variant:
+    tile = gram_tile(default_config("grouped_gram", rows, arch, False, wide), O, D)
+    stride_o, stride_d = (1, O) if transposed else (D, 1)
     pointers = dict.fromkeys(("dz_ptr", "x_ptr", "dw_ptr", "db_ptr"), "*bf16")
-    pointers |= {"row_scale_ptr": "*fp32", "offsets_ptr": "*i64", "source_z_ptr": "*i64", "source_x_ptr": "*i64"}
+    pointers |= {"row_scale_ptr": "*fp32", "source_z_ptr": "*i64", "source_x_ptr": "*i64"}
+    pointers |= {"chunk_expert_ptr": "*i32", "chunk_start_ptr": "*i64", "chunk_end_ptr": "*i64"}
+    pointers |= {"first_slot_ptr": "*i64", "slot_ptr": "*i64", "part_w_ptr": "*fp32", "part_b_ptr": "*fp32"}
     return Variant(
         kernel="grouped_gram",
         name=name,
         function=grouped_gram_kernel,
         pointers=pointers,
-        integers={"O": O, "D": D, "stride_zm": O, "stride_xm": D, "stride_we": O * D, "stride_wo": D, "stride_wd": 1},
+        integers={
+            **{"O": O, "D": D, "stride_zm": O, "stride_xm": D},
+            **{"stride_we": O * D, "stride_wo": stride_o, "stride_wd": stride_d},
+        },
         constants={
             "GATHER_Z": False,
             "GATHER_X": True,
             "BIAS": not wide,
             "SCALE": False,
+            "SPLIT": split,
             "PRECISION": "ieee",
             "BO": tile["BO"],
             "BD": tile["BD"],

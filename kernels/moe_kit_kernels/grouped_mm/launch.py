@@ -1,7 +1,7 @@
-"""Launchers of the grouped kernels: tile sizes from static sizes, strides, specialisation switches.
+"""Launchers of the grouped products: tile sizes from static sizes, strides, specialisation switches.
 
 Tile widths come from `tuning` (a JSON table by device, with a default that compiles without spills everywhere); the tile
-height from `tiles.tile_height`. Every launcher takes tensors of any width; the last dimension of row operands is made
+height from `route_plan.tile_height`. Every launcher takes tensors of any width; the last dimension of row operands is made
 contiguous, weights keep their strides.
 """
 
@@ -10,14 +10,8 @@ import triton as _triton
 from torch import Tensor
 
 from moe_kit_kernels import tuning
-from moe_kit_kernels.grouped_mm.tiles import TileMap, tile_height, tile_map
-from moe_kit_kernels.grouped_mm.triton import (
-    combine_kernel,
-    grouped_gram_kernel,
-    grouped_mm_dact_kernel,
-    grouped_mm_kernel,
-)
-from moe_kit_kernels.route_plan import RoutePlan
+from moe_kit_kernels.grouped_mm.triton import grouped_mm_dact_kernel, grouped_mm_kernel
+from moe_kit_kernels.route_plan import RoutePlan, TileMap, tile_height, tile_map
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -30,7 +24,8 @@ def plan_tiles(plan: RoutePlan) -> TileMap:
     return tile_map(plan, tile_height(plan.num_pairs, plan.num_experts))
 
 
-def _rows(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
+    """Return x with a contiguous last dimension: itself where it has one."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -75,7 +70,7 @@ def product(
     Returns:
         The result `[P, O]` (`[P, O/2]` gated) and the pre-activations `[P, O]` or None.
     """
-    x = _rows(x)
+    x = unit_stride(x)
     P, D = plan.num_pairs, weight_EOD.shape[2]
     O = weight_EOD.shape[1] // (2 if gated else 1)
     y_PO = x.new_empty(P, O)
@@ -161,7 +156,7 @@ def through_activation(
     Returns:
         dz `[P, F]`, `w * h` `[P, H]`, and `<t_p, h_p>` `[P]` float32, all sorted.
     """
-    dy = _rows(dy)
+    dy = unit_stride(dy)
     P, (_, D, H) = plan.num_pairs, down_EDH.shape
     dz_PF = torch.empty_like(z_PF)
     wh_PH = z_PF.new_empty(P, H)
@@ -213,108 +208,3 @@ def through_activation(
         num_stages=tile["num_stages"],
     )
     return dz_PF, wh_PH, dot_PC.sum(1)
-
-
-def gram(
-    dz: Tensor,
-    x: Tensor,
-    weight_EOD: Tensor,
-    plan: RoutePlan,
-    *,
-    gather_dz: bool = False,
-    gather_x: bool = False,
-    scale_P: Tensor | None = None,
-    bias: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Launch `grouped_gram_kernel`.
-
-    Args:
-        dz: `[P, O]` sorted, or `[T, O]` with `gather_dz`.
-        x: `[P, D]` sorted, or `[T, D]` with `gather_x`.
-        weight_EOD: The weight whose gradient this is; gives shape, dtype and memory layout.
-        plan: The routing.
-        gather_dz: dz is by token.
-        gather_x: x is by token.
-        scale_P: float32 factor of every sorted row of dz.
-        bias: Also return the sum of dz over every expert's rows.
-
-    Returns:
-        dW `[E, O, D]` and db `[E, O]` or None.
-    """
-    dz, x = _rows(dz), _rows(x)
-    E, O, D = weight_EOD.shape
-    dw_EOD = torch.empty_like(weight_EOD)
-    db_EO = weight_EOD.new_empty(E, O) if bias else None
-    tile = tuning.lookup(
-        "grouped_gram",
-        dz.device,
-        width_in=D,
-        width_out=O,
-        rows=tile_height(plan.num_pairs, E),
-        gated=False,
-        itemsize=dz.element_size(),
-        aligned=aligned(dz, x, dw_EOD),
-    )
-    grid = (_triton.cdiv(O, tile["BO"]) * _triton.cdiv(D, tile["BD"]), E)
-    grouped_gram_kernel[grid](
-        dz,
-        x,
-        dw_EOD,
-        db_EO if bias else dw_EOD,
-        scale_P if scale_P is not None else plan.offsets_E1,
-        plan.sorted_token_P,
-        plan.sorted_token_P,
-        plan.offsets_E1,
-        O,
-        D,
-        dz.stride(0),
-        x.stride(0),
-        *dw_EOD.stride(),
-        GATHER_Z=gather_dz,
-        GATHER_X=gather_x,
-        BIAS=bias,
-        SCALE=scale_P is not None,
-        PRECISION=precision(dz.dtype),
-        BO=tile["BO"],
-        BD=tile["BD"],
-        BR=tile["BR"],
-        num_warps=tile["num_warps"],
-        num_stages=tile["num_stages"],
-    )
-    return dw_EOD, db_EO
-
-
-def combine(rows_PO: Tensor, plan: RoutePlan, weights_P: Tensor | None = None) -> Tensor:
-    """Launch `combine_kernel`: sum every token's sorted rows, each times its weight, in fp32 and slot order.
-
-    Args:
-        rows_PO: `[P, O]` sorted rows; those of dropped pairs are not read.
-        plan: The routing.
-        weights_P: Flat weights in the given order; None = 1.
-
-    Returns:
-        `[T, O]` of the rows' dtype.
-    """
-    T, O = plan.num_tokens, rows_PO.shape[1]
-    y_TO = rows_PO.new_empty(T, O)
-    if T == 0:
-        return y_TO
-    if plan.num_pairs == 0:
-        return y_TO.zero_()
-    block = min(1024, _triton.next_power_of_2(O))
-    free = plan.slots is None
-    combine_kernel[(T, _triton.cdiv(O, block))](
-        rows_PO.contiguous(),
-        y_TO,
-        weights_P.contiguous() if weights_P is not None else rows_PO,
-        plan.inverse_P,
-        plan.token_order_P if free else plan.inverse_P,
-        plan.token_offsets_T1 if free else plan.inverse_P,
-        plan.offsets_E1[-1:],
-        O,
-        SLOTS=0 if free else plan.slots,
-        WEIGHTS=weights_P is not None,
-        BN=block,
-        num_warps=4,
-    )
-    return y_TO

@@ -1,12 +1,11 @@
-"""Triton kernels of the grouped operators: product with fused epilogues, weight gradient, sum over a token's pairs.
+"""Triton kernels of the grouped products, with fused epilogues; sums over rows are in `triton_sums.py`.
 
     grouped_mm_kernel       y_p = residual_p + weight_p * act(x_p W_e^T + b_e); forward, and dX with W's strides swapped
     grouped_mm_dact_kernel  t_p = dy_p W_e, and at once dz, w h and the partial sums of <t, h>: the step through the activation
-    grouped_gram_kernel     dW_e = sum_p dz_p^T x_p and db_e = sum_p dz_p, every expert written
-    combine_kernel          y_t = sum of the rows of t's pairs, in fp32, in slot order
 
-Addresses are 64 bit (offsets inside a tile 32 bit), every tail is masked, sums are fp32 in one fixed order, there are no atomics. Rows come through an
-index in the load (gather) and leave through one in the store (scatter); the tile map (`tiles.py`) names a tile's expert.
+Addresses are 64 bit (offsets inside a tile 32 bit), every tail is masked, sums are fp32 in
+one fixed order, there are no atomics. Rows come through an index in the load (gather) and leave through one in the store
+(scatter); the work lists of `route_plan.tiles` name a tile's expert.
 
 Shapes: P sorted rows, D contraction width, O width out, BM x BN x BK tiles.
 """
@@ -316,111 +315,3 @@ def grouped_mm_dact_kernel(
     wh_ptrs = wh_ptr + start * H + (tl.arange(0, BM)[:, None] * H + offs_n[None, :])
     tl.store(wh_ptrs, (h * weight[:, None]).to(wh_ptr.dtype.element_ty), mask=mask)
     tl.store(dot_ptr + rows * num_n + column, tl.sum(tl.where(mask, t * h, 0.0), 1), mask=mask_m)
-
-
-@triton.jit
-def grouped_gram_kernel(
-    dz_ptr,
-    x_ptr,
-    dw_ptr,
-    db_ptr,
-    row_scale_ptr,
-    source_z_ptr,
-    source_x_ptr,
-    offsets_ptr,
-    O,
-    D,
-    stride_zm,
-    stride_xm,
-    stride_we,
-    stride_wo,
-    stride_wd,
-    GATHER_Z: tl.constexpr,
-    GATHER_X: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BO: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
-):
-    """One [BO, BD] tile of one expert's dW; with BIAS the first column of tiles also writes db.
-
-    Rows of dz are multiplied by `row_scale` (sorted order) where SCALE; an expert without rows writes zeros.
-    """
-    expert = tl.program_id(1).to(tl.int64)
-    num_d = tl.cdiv(D, BD)
-    offs_o = (tl.program_id(0) // num_d) * BO + tl.arange(0, BO)
-    offs_d = (tl.program_id(0) % num_d) * BD + tl.arange(0, BD)
-    mask_o = offs_o < O
-    mask_d = offs_d < D
-    start = tl.load(offsets_ptr + expert)
-    end = tl.load(offsets_ptr + expert + 1)
-    acc = tl.zeros((BO, BD), dtype=tl.float32)
-    total = tl.zeros((BO,), dtype=tl.float32)
-    for row in range(start, end, BR):
-        rows = row + tl.arange(0, BR).to(tl.int64)
-        mask_r = rows < end
-        row_z = rows
-        if GATHER_Z:
-            row_z = tl.load(source_z_ptr + rows, mask=mask_r, other=0)
-        row_x = rows
-        if GATHER_X:
-            row_x = tl.load(source_x_ptr + rows, mask=mask_r, other=0)
-        dz_ptrs = dz_ptr + row_z[:, None] * stride_zm + offs_o[None, :]
-        dz = tl.load(dz_ptrs, mask=mask_r[:, None] & mask_o[None, :], other=0.0)
-        if SCALE:
-            scale = tl.load(row_scale_ptr + rows, mask=mask_r, other=0.0)
-            dz = (dz.to(tl.float32) * scale[:, None]).to(dz_ptr.dtype.element_ty)
-        x_ptrs = x_ptr + row_x[:, None] * stride_xm + offs_d[None, :]
-        x = tl.load(x_ptrs, mask=mask_r[:, None] & mask_d[None, :], other=0.0)
-        acc = tl.dot(tl.trans(dz), x, acc, input_precision=PRECISION)
-        if BIAS:
-            total += tl.sum(dz.to(tl.float32), 0)
-    dw_ptrs = dw_ptr + expert * stride_we + offs_o.to(tl.int64)[:, None] * stride_wo
-    dw_ptrs += offs_d.to(tl.int64)[None, :] * stride_wd
-    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask_o[:, None] & mask_d[None, :])
-    if BIAS:
-        first_column = (offs_o * 0 + tl.program_id(0) % num_d) == 0
-        tl.store(db_ptr + expert * O + offs_o, total.to(db_ptr.dtype.element_ty), mask=mask_o & first_column)
-
-
-@triton.jit
-def combine_kernel(
-    rows_ptr,
-    y_ptr,
-    weight_ptr,
-    inverse_ptr,
-    order_ptr,
-    token_offsets_ptr,
-    total_ptr,
-    O,
-    SLOTS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """One block of one token's result; SLOTS = K, or 0 where the plan holds free pairs."""
-    token = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask = offs < O
-    total = tl.load(total_ptr)
-    acc = tl.zeros((BN,), dtype=tl.float32)
-    if SLOTS > 0:
-        first = token * SLOTS
-        last = first + SLOTS
-    else:
-        first = tl.load(token_offsets_ptr + token)
-        last = tl.load(token_offsets_ptr + token + 1)
-    for j in range(first, last):
-        pair = j
-        if SLOTS == 0:
-            pair = tl.load(order_ptr + j)
-        position = tl.load(inverse_ptr + pair)
-        # positions behind the last run are those of dropped pairs
-        used = (position + offs * 0) < total
-        row = tl.load(rows_ptr + position.to(tl.int64) * O + offs, mask=mask & used, other=0.0).to(tl.float32)
-        if WEIGHTS:
-            # a dropped pair's weight may be anything, also NaN
-            row *= tl.where(used, tl.load(weight_ptr + pair).to(tl.float32), 0.0)
-        acc += row
-    tl.store(y_ptr + token * O + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)

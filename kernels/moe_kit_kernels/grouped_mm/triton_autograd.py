@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_kit_kernels.grouped_mm import launch
+from moe_kit_kernels.grouped_mm import launch, launch_sums
 from moe_kit_kernels.grouped_mm.activations import activate_backward
 from moe_kit_kernels.route_plan import RoutePlan
 
@@ -68,9 +68,9 @@ class GroupedMMTriton(torch.autograd.Function):
             d_weights = dot_P.masked_fill(dropped_P, 0).index_select(0, plan.inverse_P)
         if need_x:
             dx, _ = launch.product(dz_PF, weight_EOD.transpose(1, 2), plan, ctx.tiles)
-            dx = launch.combine(dx, plan) if ctx.gather else dx
+            dx = launch_sums.combine(dx, plan) if ctx.gather else dx
         if need_weight or need_bias:
-            dw, db = launch.gram(dz_PF, x, weight_EOD, plan, gather_x=ctx.gather, bias=need_bias)
+            dw, db = launch_sums.gram(dz_PF, x, weight_EOD, plan, gather_x=ctx.gather, bias=need_bias)
         return dx, dw if need_weight else None, db, d_weights, d_residual, None, None, None, None, None
 
 

@@ -10,7 +10,6 @@ import torch
 import triton as _triton
 from torch import Tensor
 
-from moe_kit_kernels.grouped_mm.tiles import tile_height, tile_map
 from moe_kit_kernels.lora_experts.triton import (
     lora_decode_down_kernel,
     lora_decode_up_kernel,
@@ -18,7 +17,7 @@ from moe_kit_kernels.lora_experts.triton import (
     lora_up_dense_kernel,
     lora_up_sorted_kernel,
 )
-from moe_kit_kernels.route_plan import RoutePlan, route_plan
+from moe_kit_kernels.route_plan import RoutePlan, route_plan, tile_height, tile_map
 
 # bytes of y that one column group of the sorted order may keep in L2 between slots
 _L2_BYTES = 24 << 20

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_kit_kernels.grouped_mm.launch import gram, plan_tiles, product
+from moe_kit_kernels.grouped_mm.launch import plan_tiles, product
+from moe_kit_kernels.grouped_mm.launch_sums import gram
 from moe_kit_kernels.lora_experts import launch
 from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
 from moe_kit_kernels.route_plan import RoutePlan

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kit_kernels import tuning
-from moe_kit_kernels.grouped_mm import launch
+from moe_kit_kernels.grouped_mm import launch, launch_sums
 from moe_kit_kernels.grouped_mm.triton import _product, _tile
 from moe_kit_kernels.route_plan import RoutePlan
 
@@ -137,9 +137,9 @@ def plain(x: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tenso
 
 def gram(dz_PO: Tensor, x: Tensor, like_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
     """Return `dz^T x` of every expert, `[E, O, D]`."""
-    return launch.gram(dz_PO, x, like_EOD, plan, gather_x=gather)[0]
+    return launch_sums.gram(dz_PO, x, like_EOD, plan, gather_x=gather)[0]
 
 
 def combine(dx_PD: Tensor, plan: RoutePlan) -> Tensor:
     """Return the sum of every token's sorted rows, `[T, D]`."""
-    return launch.combine(dx_PD, plan)
+    return launch_sums.combine(dx_PD, plan)

@@ -8,7 +8,7 @@ A lookup takes the first that exists:
 3. the entry of `sm_90.json` on that architecture and later ones, whose larger register tiles hold wider columns;
 4. the entry of `default.json`, whose configurations compile without spills on every supported architecture.
 
-The row height stands for the number of tokens: it is the bucket that P / E falls in (`grouped_mm.tiles.tile_height`), so a
+The row height stands for the number of tokens: it is the bucket that P / E falls in (`route_plan.tile_height`), so a
 new token count is never a new key. Whatever is found is cut down until it fits the device's shared memory.
 
 `warm_up` times candidates on the GPU at hand, before training and only when called, and can write the table.

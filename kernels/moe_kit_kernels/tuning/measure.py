@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import triton as _triton
 
-from moe_kit_kernels.grouped_mm import launch
+from moe_kit_kernels.grouped_mm import launch, launch_sums
 from moe_kit_kernels.route_plan import route_plan
 
 
@@ -59,7 +59,7 @@ def measure_block(
     best(
         "grouped_gram",
         tiles.rows,
-        timed(lambda: launch.gram(z_PF, x_TD, up_EFD, plan, gather_x=True)),
+        timed(lambda: launch_sums.gram(z_PF, x_TD, up_EFD, plan, gather_x=True)),
         (width, F),
         False,
     )

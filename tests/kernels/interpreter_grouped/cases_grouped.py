@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from moe_kit_kernels import experts_mlp, grouped_mm, lora_grouped, route_plan, route_plan_pairs
+from moe_kit_kernels.grouped_mm import launch_sums
 
 from tests.tolerances import assert_close
 
@@ -93,6 +94,26 @@ def test_taller_tiles_and_transposed_stacks(poison_empty):
 
     tensors = {name: t for name, t in tensors.items() if t is not None}
     compare(function, tensors, upstream)
+
+
+@pytest.mark.parametrize("edge", ["all to one", "empty experts", "tile borders", "empty slots"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_split_experts(edge, transposed, monkeypatch, poison_empty):
+    # chunks of at most four rows: most experts of these cases are summed in parts
+    monkeypatch.setattr(launch_sums, "_LEAST_CHUNK", 4)
+    rows, E, D, H = EDGES[edge]
+    ids = ids_of(rows)
+    tensors, upstream = block(ids, E, D, H, bias=True)
+
+    def function(t, backend):
+        up, down = t["up_EFD"], t["down_EDH"]
+        if transposed:
+            up, down = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (up, down))
+        return experts_mlp(**{**t, "up_EFD": up, "down_EDH": down}, expert_ids_TK=ids, backend=backend)
+
+    compare(function, tensors, upstream)
+    first, second = (run(lambda t: function(t, "triton"), tensors, upstream) for _ in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_free_pairs(poison_empty):

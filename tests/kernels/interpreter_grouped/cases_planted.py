@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from moe_kit_kernels import experts_mlp
-from moe_kit_kernels.grouped_mm import launch
+from moe_kit_kernels.grouped_mm import launch, launch_sums
 
 from tests.tolerances import assert_close
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreter.py"
 
-SOURCE = Path(launch.__file__).with_name("triton.py")
 # name -> (kernel, text in its source, what replaces it)
 BUGS = {
     "row mask one short": ("grouped_mm_kernel", "    mask_m = rows < end\n", "    mask_m = rows < end - 1\n"),
@@ -33,7 +32,19 @@ BUGS = {
     "next expert's rows": ("grouped_gram_kernel", "mask_r = rows < end", "mask_r = rows < end + 1"),
     "no gate": ("grouped_mm_dact_kernel", "    dh = t * weight[:, None]\n", "    dh = t\n"),
     "slot order": ("combine_kernel", "last = first + SLOTS", "last = first + SLOTS - 1"),
+    "last part left out": ("split_sum_kernel", "for slot in range(first, last)", "for slot in range(first, last - 1)"),
+    "parts of one slot": (
+        "grouped_gram_kernel",
+        "slot = tl.load(slot_ptr + chunk)",
+        "slot = tl.load(first_slot_ptr + expert)",
+    ),
 }
+
+
+@pytest.fixture(autouse=True)
+def split(monkeypatch):
+    # chunks of two rows, so that the parts of split experts are seen too
+    monkeypatch.setattr(launch_sums, "_LEAST_CHUNK", 2)
 
 
 def compare():
@@ -61,13 +72,14 @@ def test_sound_kernels_pass(poison_empty):
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_caught(bug, tmp_path, monkeypatch, poison_empty):
     kernel, old, new = BUGS[bug]
-    source = SOURCE.read_text()
+    module = launch if hasattr(launch, kernel) else launch_sums
+    source = Path(launch.__file__).with_name("triton.py" if module is launch else "triton_sums.py").read_text()
     assert old in source, f"the kernel changed: plant {bug!r} anew"
     path = tmp_path / "planted.py"
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("planted", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(launch, kernel, getattr(module, kernel))
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    monkeypatch.setattr(module, kernel, getattr(planted, kernel))
     with pytest.raises((AssertionError, IndexError)):
         compare()

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from moe_kit_kernels import roofline, route_plan, tuning
-from moe_kit_kernels.grouped_mm import launch
+from moe_kit_kernels.grouped_mm import launch, launch_sums
 from triton.runtime import interpreter
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreter.py"
@@ -56,6 +56,6 @@ def test_bytes_of_a_product(gated, keep, traced):
 
 def test_bytes_of_the_sum(traced):
     plan = route_plan(torch.tensor([[0, 1], [0, 2], [2, 0]]), 3)
-    launch.combine(torch.randn(6, 40), plan, torch.rand(6))
+    launch_sums.combine(torch.randn(6, 40), plan, torch.rand(6))
     # the trace counts floating-point elements, so not the 8 bytes of a pair's index
     assert traced["bytes"] == roofline.combine_cost(3, 6, 40, itemsize=4).l2_bytes - 6 * 8
