@@ -8,6 +8,7 @@ matters where one adapter wraps another's layer.
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moe_kit.errors import CheckpointError, ConfigError
+from moe_kit.hf.adapter_files import replacing
 
 INDEX = "adapters.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -24,7 +26,7 @@ _PREFIX = "base_model.model."
 
 
 def save_adapters(model: nn.Module, folder: str | Path) -> tuple[str, ...]:
-    """Save every adapter of a model.
+    """Save every adapter of a model, all of them or none (see `adapter_files.replacing`).
 
     Args:
         model: a `PeftModel`, or a transformers model with adapters of native `add_adapter`.
@@ -35,31 +37,40 @@ def save_adapters(model: nn.Module, folder: str | Path) -> tuple[str, ...]:
 
     Raises:
         ConfigError: if the model has no adapters.
+        CheckpointError: if something cannot be written; what the folder held before is as it was.
     """
     configs: dict[str, PeftConfig] = dict(getattr(model, "peft_config", None) or {})
     if not configs:
         raise ConfigError(
             f"{type(model).__name__} has no adapters to save: add one with add_adapter or get_peft_model."
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    wrapped = isinstance(model, PeftModel)
-    for name, config in configs.items():
-        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        if not wrapped:
-            state = {_PREFIX + key: value for key, value in state.items()}
-        target = folder / name
-        target.mkdir(exist_ok=True)
-        save_file({key: value.contiguous() for key, value in state.items()}, target / _WEIGHTS, {"format": "pt"})
-        previous, config.inference_mode = config.inference_mode, True
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = getattr(model, "name_or_path", None)
-        config.save_pretrained(str(target))
-        config.inference_mode = previous
-    active = _active(model)
-    index = {"adapters": list(configs), "active": active}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    index = json.dumps({"adapters": list(configs), "active": _active(model)}, indent=2) + "\n"
+    try:
+        with replacing(folder, last=INDEX) as new:
+            for name, config in configs.items():
+                _save_one(model, name, config, new / name)
+            (new / INDEX).write_text(index)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # a full disk shows as any of the three, by who writes
+        raise CheckpointError(
+            f"cannot save the adapters to {folder}: {error}. Make room, or choose another folder; what was there before is "
+            "as it was."
+        ) from error
     return tuple(configs)
+
+
+def _save_one(model: nn.Module, name: str, config: PeftConfig, target: Path) -> None:
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if not isinstance(model, PeftModel):
+        state = {_PREFIX + key: value for key, value in state.items()}
+    target.mkdir()
+    save_file({key: value.contiguous() for key, value in state.items()}, target / _WEIGHTS, {"format": "pt"})
+    # the model's own configuration stays as it is, also when writing fails
+    config = copy(config)
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model, "name_or_path", None)
+    config.save_pretrained(str(target))
 
 
 def load_adapters(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from moe_kit.training.data import Example, load_examples
 from moe_kit.training.encoding import Collator, EncodedExamples, encode_prompt
 from moe_kit.training.models import load_model_and_tokenizer
 from moe_kit.training.recipe import DataConfig, ModelConfig, _build, find_config
+from moe_kit.training.results import write_atomically
 
 __all__ = ["DepthRecipe", "PhaseConfig", "SearchSection", "load_depth_recipe", "search_layers", "train_layers"]
 
@@ -353,7 +354,7 @@ def train_layers(recipe: DepthRecipe, *, on_step: Callable[[str, int, float], No
     results["held_out"] = evaluate_layers(work.model, work.tokenizer, work.held_out, recipe)
     folder = Path(recipe.output_dir)
     save_adapters(work.model, folder)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from moe_kit.errors import CheckpointError, ConfigError
 from moe_kit.evaluation.scores import Score, mean_score
+from moe_kit.hf.adapter_files import flush
 
 __all__ = ["Results", "read_results", "results_table", "stored_scores", "write_atomically", "write_results"]
 
@@ -172,6 +173,7 @@ def write_atomically(path: Path, text: str) -> None:
     scratch = path.with_name(path.name + ".part")
     try:
         scratch.write_text(text, encoding="utf-8")
+        flush(scratch)
         os.replace(scratch, path)
     except OSError as error:
         scratch.unlink(missing_ok=True)

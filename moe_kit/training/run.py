@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from safetensors import SafetensorError
 
 from moe_kit.errors import CheckpointError, ConfigError
 from moe_kit.evaluation.generation import generate_answers
 from moe_kit.evaluation.likelihood import answer_likelihood
 from moe_kit.evaluation.scores import Score, best_constants, score_answers, score_one
+from moe_kit.hf.adapter_files import replacing
 from moe_kit.training.data import Example, ExampleSets, load_examples
 from moe_kit.training.encoding import Collator, EncodedExamples
 from moe_kit.training.guard import guarded, last_checkpoint
@@ -257,7 +259,6 @@ def load_run(folder: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase, Re
         CheckpointError: The folder has no recipe or no adapter, or the adapter does not fit.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
     import moe_kit  # noqa: F401  registers the PEFT types
 
@@ -395,17 +396,13 @@ def _takes_logits_to_keep(model: Any) -> bool:
 
 
 def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the adapter and the tokenizer into the output folder by renames, so that an older adapter survives."""
-    scratch = folder / "adapter.part"
-    shutil.rmtree(scratch, ignore_errors=True)
+    """Write the adapter and the tokenizer into the output folder, whole or not at all: an older adapter survives."""
     try:
-        model.save_pretrained(str(scratch))
-        tokenizer.save_pretrained(str(scratch))
-        for path in sorted(scratch.iterdir()):
-            os.replace(path, folder / path.name)
-        scratch.rmdir()
-    except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with replacing(folder, last="adapter_config.json") as new:
+            model.save_pretrained(str(new))
+            tokenizer.save_pretrained(str(new))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # a full disk shows as any of the three, by who writes
         raise CheckpointError(
             f"cannot save the adapter to {folder}: {error}. Make room, then run with --resume."
         ) from error
