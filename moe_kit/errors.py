@@ -2,7 +2,7 @@
 
 from moe_kit_kernels.errors import KernelError, MoeKitError
 
-__all__ = ["CheckpointError", "ConfigError", "KernelError", "MoeKitError", "RoutingError"]
+__all__ = ["CheckpointError", "ConfigError", "KernelError", "MoeKitError", "RoutingError", "TrainingError"]
 
 
 class ConfigError(MoeKitError, ValueError):
@@ -15,3 +15,7 @@ class RoutingError(MoeKitError, ValueError):
 
 class CheckpointError(MoeKitError, RuntimeError):
     """A saved adapter or training state is missing, truncated, foreign or does not fit the model."""
+
+
+class TrainingError(MoeKitError, RuntimeError):
+    """Training cannot go on: its loss is no longer a finite number."""

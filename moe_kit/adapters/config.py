@@ -138,16 +138,18 @@ class RoutedAdapterConfig(PeftConfig):
                 raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 1.")
         for name, patterns in (("num_experts", self.expert_pattern), ("r", self.rank_pattern)):
             for pattern, value in patterns.items():
-                if not isinstance(value, int) or value < 1:
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                     raise ConfigError(f"{name} for {pattern!r} is {value!r}, expected a whole number of at least 1.")
         if self.expert_layout is not None and (
             not self.expert_layout or any(not isinstance(n, int) or n < 1 for n in self.expert_layout)
         ):
             raise ConfigError(f"expert_layout is {self.expert_layout!r}, expected whole numbers of at least 1.")
-        smallest = min(self.expert_layout or [self.num_experts, *self.expert_pattern.values()])
+        # a layout gives every layer a count; patterns win where they match
+        smallest = min([*(self.expert_layout or [self.num_experts]), *self.expert_pattern.values()])
         if self.select in ("top_k", "sample_k", "capacity", "expert_choice") and self.top_k > smallest:
             raise ConfigError(
-                f"top_k is {self.top_k} but a module has only {smallest} experts: lower top_k or raise num_experts."
+                f"top_k is {self.top_k} but a module has only {smallest} experts: lower top_k, or raise num_experts, "
+                "expert_layout or expert_pattern."
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, expected a value in [0, 1).")

@@ -18,15 +18,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from moe_kit.errors import CheckpointError, MoeKitError
+from moe_kit.errors import CheckpointError, TrainingError
 
 __all__ = ["TrainingError", "guarded", "incomplete", "last_checkpoint"]
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(MoeKitError, RuntimeError):
-    """Training cannot go on: its loss is no longer a finite number."""
 
 
 @functools.cache

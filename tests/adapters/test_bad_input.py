@@ -35,6 +35,8 @@ def wrapped(preset="mixture_of_lora", **more):
         ({"expert_pattern": {"q_proj": 1}}, "only 1 experts"),
         ({"expert_layout": []}, "expert_layout"),
         ({"expert_layout": [4, 1]}, "only 1 experts"),
+        ({"expert_layout": [4, 2], "expert_pattern": {"q_proj": 1}}, "only 1 experts"),
+        ({"expert_pattern": {"q_proj": True}}, "num_experts for 'q_proj' is True"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"router_sharing": "layer"}, "router_sharing is 'layer'"),
         ({"causal_leak": "yes"}, "causal_leak is 'yes'"),
