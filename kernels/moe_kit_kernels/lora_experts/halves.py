@@ -4,9 +4,10 @@
     up:   y_t = base_t + scale * sum_p w_p B_e(p) H_p
           U = dy B,  dH_p = scale * w_p * U_p,  dw_p = scale * <U_p, H_p>,  dB_e = dy^T (scale * w * H)_e
 
-Pairs are gathered from and spread to the columns of all experts; repeated pairs add up.
+The autograd functions keep the inputs and H; the arithmetic is that of `triton_halves` for tables of ids where Triton runs,
+and of `plain_halves` elsewhere (the CPU, free pairs, float64, which no kernel takes).
 
-Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = sum of E*L over projections.
+Legend: T tokens, P pairs, E experts, D width in, O width out, L rank.
 """
 
 from typing import Any
@@ -15,25 +16,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_kit_kernels.lora_experts import cpu
+from moe_kit_kernels.lora_experts import plain_halves
+from moe_kit_kernels.lora_experts.dispatch import uses_triton
+from moe_kit_kernels.lora_experts.plain_halves import kept_pairs
 from moe_kit_kernels.route_plan import RoutePlan
 
 
-def _spread_sum(pairs_PL: Tensor, plan: RoutePlan) -> Tensor:
-    """[P, L] -> [T, E*L], adding repeated pairs up; dropped pairs must hold 0."""
-    L = pairs_PL.shape[1]
-    rows = pairs_PL.new_zeros(plan.num_tokens * plan.num_experts, L)
-    rows.scatter_add_(0, cpu.chosen_rows(plan, 1)[:, None].expand(-1, L), pairs_PL)
-    return rows.view(plan.num_tokens, plan.num_experts * L)
+def _order(plan: RoutePlan, x: Tensor, rank: int, d_in: int, d_out: int) -> str | None:
+    """Return the order of the kernels, or None where plain PyTorch runs."""
+    if plan.slots is None or x.dtype is torch.float64 or not uses_triton(x.device):
+        return None
+    # Triton is imported by the first call that needs it
+    from moe_kit_kernels.lora_experts import triton_halves
 
-
-def _gather(columns_TC: Tensor, plan: RoutePlan, L: int) -> Tensor:
-    return columns_TC.reshape(-1, L).index_select(0, cpu.chosen_rows(plan, 1))
-
-
-def _kept(plan: RoutePlan, dtype: torch.dtype) -> Tensor:
-    """[P, 1] ones, zeros for dropped pairs."""
-    return (plan.expert_P < plan.num_experts).to(dtype)[:, None]
+    return triton_halves.choose(plan, rank, d_in, d_out, x.element_size(), x.device)
 
 
 class DenseDown(torch.autograd.Function):
@@ -41,32 +37,27 @@ class DenseDown(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: RoutePlan, x_TD: Tensor, *A: Tensor) -> Any:
-        """Gather the chosen columns of one GEMM with all A."""
-        dtype = torch.promote_types(x_TD.dtype, A[0].dtype)
-        H_TC = x_TD.to(dtype) @ cpu.join_down(list(A), dtype).t()
-        columns = [a.shape[0] * a.shape[1] for a in A]
-        kept_P1 = _kept(plan, dtype)
-        ctx.plan = plan
+        """Project by every stack, x read once where that pays."""
+        ctx.plan, ctx.how = plan, _order(plan, x_TD, max(a.shape[1] for a in A), x_TD.shape[1], x_TD.shape[1])
         ctx.save_for_backward(x_TD, *A)
-        return tuple(
-            _gather(part, plan, a.shape[1]).mul_(kept_P1) for part, a in zip(H_TC.split(columns, dim=1), A, strict=True)
-        )
+        if ctx.how is None:
+            return tuple(plain_halves.down(x_TD, A, plan))
+        from moe_kit_kernels.lora_experts import triton_halves
+
+        return tuple(triton_halves.down(ctx.how, x_TD, A, plan))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dHs: Tensor) -> Any:
-        """Spread dH over the columns, then two GEMMs."""
+        """Return the gradients of x and of every A."""
         x_TD, *A = ctx.saved_tensors
-        dtype = dHs[0].dtype
-        kept_P1 = _kept(ctx.plan, dtype)
-        parts = [_spread_sum(dH_PL * kept_P1, ctx.plan) for dH_PL in dHs]
-        dH_TC = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        dx = (dH_TC @ cpu.join_down(A, dtype)).to(x_TD.dtype) if ctx.needs_input_grad[1] else None
-        dA: list[Tensor | None] = [None] * len(A)
-        if any(ctx.needs_input_grad[2:]):
-            dA_CD = dH_TC.t() @ x_TD.to(dtype)
-            columns = [a.shape[0] * a.shape[1] for a in A]
-            dA = [part.view_as(a).to(a.dtype) for part, a in zip(dA_CD.split(columns), A, strict=True)]
+        need_x, need_A = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        if ctx.how is None:
+            dx, dA = plain_halves.down_backward(dHs, x_TD, A, ctx.plan, need_x, need_A)
+        else:
+            from moe_kit_kernels.lora_experts import triton_halves
+
+            dx, dA = triton_halves.down_backward(ctx.how, dHs, x_TD, A, ctx.plan, need_x, need_A)
         return None, dx, *dA
 
 
@@ -77,42 +68,45 @@ class DenseUp(torch.autograd.Function):
     def forward(
         ctx: Any, plan: RoutePlan, scale: float, H_PL: Tensor, B_EOL: Tensor, weights: Tensor, base_TO: Tensor | None
     ) -> Tensor:
-        """Weigh in rank space, spread over the columns, one GEMM with all B."""
-        dtype = torch.promote_types(H_PL.dtype, B_EOL.dtype)
-        factor_P1 = weights.reshape(-1, 1) * _kept(plan, weights.dtype) * scale
-        G_TC = _spread_sum((H_PL * factor_P1).to(dtype), plan)
-        Bt_CO = cpu.join_up(B_EOL, dtype).t()
-        ctx.plan, ctx.scale, ctx.has_base = plan, scale, base_TO is not None
+        """Weigh in rank space, project, add the base."""
+        _, O, L = B_EOL.shape
+        ctx.plan, ctx.scale, ctx.how = plan, scale, _order(plan, H_PL, L, O, O)
         ctx.save_for_backward(H_PL, B_EOL, weights)
-        if base_TO is None:
-            return (G_TC @ Bt_CO).to(H_PL.dtype)
-        if base_TO.dtype == dtype:
-            return torch.addmm(base_TO, G_TC, Bt_CO)
-        return (G_TC @ Bt_CO).add_(base_TO).to(base_TO.dtype)
+        if ctx.how is None:
+            return plain_halves.up(H_PL, B_EOL, plan, weights, scale, base_TO)
+        from moe_kit_kernels.lora_experts import triton_halves
+
+        weights_TK = weights.float().view(plan.num_tokens, plan.slots)
+        dtype = (H_PL if base_TO is None else base_TO).dtype
+        H_PL, B_EOL = _alike(H_PL, B_EOL)
+        return triton_halves.up(ctx.how, H_PL, B_EOL, plan, dtype, weights=weights_TK, scale=scale, base_TO=base_TO)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TO: Tensor) -> Any:
-        """One GEMM with all B, then everything in rank space, then one GEMM for dB."""
+        """Return the gradients of H, B, the weights and the base."""
         H_PL, B_EOL, weights = ctx.saved_tensors
-        plan = ctx.plan
-        E, O, L = B_EOL.shape
-        dtype = torch.promote_types(H_PL.dtype, B_EOL.dtype)
-        dyc_TO = dy_TO.to(dtype)
+        plan, scale = ctx.plan, ctx.scale
         _, _, need_H, need_B, need_weights, need_base = ctx.needs_input_grad
-        factor_P1 = weights.reshape(-1, 1) * _kept(plan, weights.dtype) * ctx.scale
-        dH = dB = dweights = None
-        if need_H or need_weights:
-            U_PL = _gather(dyc_TO @ cpu.join_up(B_EOL, dtype), plan, L).to(factor_P1.dtype)
-            if need_weights:
-                kept_P1 = _kept(plan, weights.dtype)
-                dweights = ((U_PL * H_PL).sum(-1, keepdim=True) * kept_P1 * ctx.scale).view_as(weights)
-            if need_H:
-                dH = U_PL.mul_(factor_P1).to(H_PL.dtype)
-        if need_B:
-            G_TC = _spread_sum((H_PL * factor_P1).to(dtype), plan)
-            dB = (dyc_TO.t() @ G_TC).view(O, E, L).permute(1, 0, 2).to(B_EOL.dtype).contiguous()
+        needs = (need_H, need_B, need_weights)
+        if ctx.how is None:
+            dH, dB, dweights = plain_halves.up_backward(dy_TO, H_PL, B_EOL, weights, plan, scale, *needs)
+        else:
+            from moe_kit_kernels.lora_experts import triton_halves
+
+            weights_TK = weights.float().view(plan.num_tokens, plan.slots)
+            wide_H, wide_B = _alike(H_PL, B_EOL)
+            dH, dB, dw_TK = triton_halves.up_backward(ctx.how, dy_TO, wide_H, wide_B, weights_TK, plan, scale, *needs)
+            dH = None if dH is None else dH.to(H_PL.dtype)
+            dB = None if dB is None else dB.to(B_EOL.dtype)
+            dweights = None if dw_TK is None else dw_TK.view_as(weights).to(weights.dtype)
         return None, None, dH, dB, dweights, dy_TO if need_base else None
+
+
+def _alike(H_PL: Tensor, B_EOL: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider dtype: the kernels multiply in the dtype of B."""
+    dtype = torch.promote_types(H_PL.dtype, B_EOL.dtype)
+    return H_PL.to(dtype), B_EOL.to(dtype)
 
 
 def down_traced(x_TD: Tensor, A_ELD: Tensor, plan: RoutePlan) -> Tensor:
@@ -136,7 +130,7 @@ def down_traced(x_TD: Tensor, A_ELD: Tensor, plan: RoutePlan) -> Tensor:
         H_PL = H_TC.view(T, E, L).gather(1, index).reshape(T * plan.slots, L)
     else:
         H_PL = H_TC.view(T * E, L).index_select(0, plan.token_P * E + expert_P)
-    return H_PL * _kept(plan, dtype)
+    return H_PL * kept_pairs(plan, dtype)
 
 
 def up_traced(
@@ -158,7 +152,7 @@ def up_traced(
     E, O, L = B_EOL.shape
     T = plan.num_tokens
     dtype = torch.promote_types(H_PL.dtype, B_EOL.dtype)
-    G_PL = (H_PL * (weights.reshape(-1, 1) * _kept(plan, weights.dtype) * scale)).to(dtype)
+    G_PL = (H_PL * (weights.reshape(-1, 1) * kept_pairs(plan, weights.dtype) * scale)).to(dtype)
     expert_P = plan.expert_P.clamp(max=E - 1)
     if plan.slots is not None:
         index = expert_P.view(T, plan.slots, 1).expand(T, plan.slots, L)

@@ -1,0 +1,169 @@
+"""`lora_down` and `lora_up` on the kernels. Run by test_interpreter.py in a process of its own with TRITON_INTERPRET=1."""
+
+import os
+
+import pytest
+import torch
+from moe_kit_kernels import lora_down, lora_experts, lora_up
+from moe_kit_kernels.lora_experts import launch, triton_halves
+from moe_kit_kernels.route_plan import route_plan, route_plan_pairs
+
+from tests.kernels.interpreter.cases_lora import EDGES, make, run
+from tests.tolerances import assert_close
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreter.py"
+
+
+@pytest.fixture(params=["dense", "sorted"])
+def order(request, monkeypatch):
+    monkeypatch.setattr(triton_halves, "choose", lambda *_: request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def on_the_kernels(monkeypatch):
+    """Fail a test in which no kernel ran."""
+    calls = []
+    for name, right in (("down", triton_halves.down), ("up", triton_halves.up)):
+
+        def counted(*args, function=right, **options):
+            calls.append(function)
+            return function(*args, **options)
+
+        monkeypatch.setattr(triton_halves, name, counted)
+    yield calls
+    assert calls
+
+
+def compare(function, tensors, dtype=torch.float32):
+    expected, actual = (
+        run(lambda **t: function("reference", **t), tensors),
+        run(lambda **t: function("auto", **t), tensors),
+    )
+    for name, value in expected.items():
+        assert_close(name, actual[name], value, dtype)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_down(edge, order, poison_empty):
+    ids, t = make(edge)
+    plan = route_plan(ids, t["A"].shape[0])
+    compare(lambda how, x, A: lora_down(x, A, plan, backend=how), {"x": t["x"], "A": t["A"]})
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("base", [True, False])
+def test_up(edge, base, order, poison_empty):
+    ids, t = make(edge)
+    plan = route_plan(ids, t["B"].shape[0])
+    H = torch.randn(ids.numel(), t["B"].shape[2])
+    tensors = {"H": H, "B": t["B"], "weights": t["weights"], **({"base": t["base"]} if base else {})}
+
+    def function(how, H, B, weights, base=None):
+        return lora_up(H, B, plan, weights, scale=0.7, base_TO=base, backend=how)
+
+    compare(function, tensors)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("edge", ["balanced", "odd widths", "empty slots", "all to one, others empty"])
+def test_several_stacks_and_a_change_in_between(edge, joined, order, monkeypatch, poison_empty):
+    monkeypatch.setattr(triton_halves, "joins", lambda A, T: joined)
+    ids, t = make(edge)
+    plan = route_plan(ids, t["A"].shape[0])
+    E, _, D = t["A"].shape
+    tensors = {"x": t["x"], "A": t["A"], "B": t["B"], "A2": torch.randn(E, 3, D), "weights": t["weights"]}
+
+    def function(how, x, A, B, A2, weights):
+        H, H2 = lora_down(x, (A, A2), plan, backend=how)
+        return lora_up(H.tanh() * H2.sum(1, keepdim=True), B, plan, weights, backend=how)
+
+    compare(function, tensors)
+
+
+def test_join_pays_where_it_saves_reads():
+    A = [torch.zeros(8, 16, 64)] * 3
+    assert triton_halves.joins(A, 16384)
+    assert not triton_halves.joins(A, 128)
+    assert not triton_halves.joins(A[:1], 16384)
+    assert not triton_halves.joins([torch.zeros(8, 64, 64)] * 3, 16384)
+    triton_halves.down("dense", torch.zeros(1, 64), A, route_plan(torch.zeros(1, 1, dtype=torch.long), 8))
+
+
+def test_transposed_bank(order, poison_empty):
+    # B kept as [E, L, O] in memory
+    ids, t = make("wider than a tile")
+    plan = route_plan(ids, t["B"].shape[0])
+    tensors = {"H": torch.randn(ids.numel(), 16), "Bt": t["B"].transpose(1, 2).contiguous(), "weights": t["weights"]}
+    compare(lambda how, H, Bt, weights: lora_up(H, Bt.transpose(1, 2), plan, weights, backend=how), tensors)
+
+
+def test_half_precision_and_wide_adapters(order, poison_empty):
+    for adapter in (torch.float16, torch.float32):
+        ids, t = make("balanced", torch.float16)
+        plan = route_plan(ids, t["A"].shape[0])
+        tensors = {"x": t["x"], "A": t["A"].to(adapter), "B": t["B"].to(adapter), "weights": t["weights"]}
+
+        def function(how, x, A, B, weights, plan=plan):
+            H = lora_down(x, A, plan, backend=how)
+            assert H.dtype is A.dtype
+            return lora_up(H, B, plan, weights, backend=how)
+
+        compare(function, tensors, torch.float16)
+
+
+def test_what_dropped_pairs_hold_does_not_matter(order, poison_empty):
+    ids, t = make("empty slots")
+    plan = route_plan(ids, 2)
+    dropped = (plan.expert_P == 2)[:, None]
+    H = torch.randn(ids.numel(), 4)
+    results = []
+    for value in (0.0, float("nan")):
+        held = H.masked_fill(dropped, value).requires_grad_()
+        weights = t["weights"].clone().requires_grad_()
+        y = lora_up(held, t["B"], plan, weights)
+        y.sum().backward()
+        assert not held.grad[dropped[:, 0]].any()
+        results.append((y.detach(), held.grad, weights.grad))
+    for first, second in zip(*results):
+        assert_close("with NaN in dropped pairs", second, first)
+
+
+def test_halves_equal_the_whole(order):
+    ids, t = make("taller than a tile")
+    plan = route_plan(ids, 3)
+    H = lora_down(t["x"], t["A"], plan)
+    y = lora_up(H, t["B"], plan, t["weights"], base_TO=t["base"], scale=0.7)
+    whole = lora_experts(t["x"], t["A"], t["B"], ids, t["weights"], base_TO=t["base"], scale=0.7, backend=order)
+    assert torch.equal(y, whole)
+
+
+def test_free_pairs_run_in_plain_pytorch(on_the_kernels, monkeypatch):
+    plan = route_plan_pairs(torch.tensor([0, 0, 2]), torch.tensor([1, 0, 1]), 3, 2)
+    x, A = torch.randn(3, 8), torch.randn(2, 4, 8)
+    assert_close("H", lora_down(x, A, plan), lora_down(x, A, plan, backend="reference"))
+    assert not on_the_kernels
+    on_the_kernels.append(None)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "index"), [("lora_down_dense_kernel", 8), ("lora_down_dense_kernel", 11), ("lora_up_dense_kernel", 10)]
+)
+def test_planted_bugs_are_caught(kernel, index, monkeypatch, poison_empty):
+    # a row or a rank too few
+    monkeypatch.setattr(triton_halves, "choose", lambda *_: "dense")
+    right = getattr(launch, kernel)
+
+    class Wrong:
+        def __getitem__(self, grid):
+            return lambda *args, **options: right[grid](*args[:index], args[index] - 1, *args[index + 1 :], **options)
+
+    monkeypatch.setattr(launch, kernel, Wrong())
+    ids, t = make("balanced")
+    plan = route_plan(ids, 4)
+
+    def function(how, x, A, B, weights):
+        return lora_up(lora_down(x, A, plan, backend=how), B, plan, weights, backend=how)
+
+    with pytest.raises(AssertionError):
+        compare(function, {name: t[name] for name in ("x", "A", "B", "weights")})
