@@ -16,7 +16,8 @@ def variants(arch: str) -> list[Variant]:
         arch: architecture; the tile of the base product depends on it.
 
     Returns:
-        Aligned variants (4096 wide, bfloat16) at ranks 8 to 256, and odd ones (1001 wide, rank 5).
+        Aligned variants (4096 wide, bfloat16) at ranks 8 to 256, also with B in memory as [E, L, O] ("flat"), and odd ones
+        (1001 wide, rank 5).
     """
     found = []
     # AMD compilers get the smaller tiles
@@ -29,19 +30,28 @@ def variants(arch: str) -> list[Variant]:
         found.append(_sorted(f"aligned-{name}", 4096, E, L, K, rows=128))
         found.append(_decode_down(name, 4096, E, L, K))
         found.append(_decode_up(name, 4096, E, L, K))
+        # banks whose B lies in memory as [E, L, O]
+        found.append(_down(f"backward-flat-{name}", 4096, E, L, K, backward=True, flat=True))
+        found.append(_up(f"flat-{name}", 4096, E, L, K, capability, linear=False, flat=True))
+        found.append(_up(f"linear-flat-{name}", 4096, E, L, K, capability, linear=True, flat=True))
+        found.append(_sorted(f"flat-{name}", 4096, E, L, K, rows=128, flat=True))
+        found.append(_decode_up(f"flat-{name}", 4096, E, L, K, flat=True))
     found.append(_down("odd", 1001, 3, 5, 2, backward=True))
     found.append(_up("dx-8x8", 4096, 8, 8, 2, capability, linear=True, transposed=True))
     found.append(_up("odd", 1001, 3, 5, 2, capability, linear=True))
     found.append(_sorted("rows-16", 4096, 64, 16, 2, rows=16))
     found.append(_sorted("odd", 1001, 3, 5, 2, rows=64))
+    found.append(_up("flat-odd", 1001, 3, 5, 2, capability, linear=False, flat=True))
+    found.append(_sorted("flat-rows-16", 4096, 64, 16, 2, rows=16, flat=True))
+    found.append(_decode_up("flat-odd", 1001, 3, 5, 2, flat=True))
     return found
 
 
-def _down(name: str, D: int, E: int, L: int, K: int, *, backward: bool) -> Variant:
+def _down(name: str, D: int, E: int, L: int, K: int, *, backward: bool, flat: bool = False) -> Variant:
     EB, LP = launch.column_block(E, L)
     BM = launch.row_tile(EB * LP)
-    # B as [E, L, O] in the backward: its ranks are next to each other, not its width
-    stride_l, stride_d = (1, L) if backward else (D, 1)
+    # a B [E, O, L] seen as [E, L, O] in the backward: its ranks are next to each other, not its width
+    stride_l, stride_d = (1, L) if backward and not flat else (D, 1)
     return Variant(
         kernel="lora_down_dense",
         name=name,
@@ -67,11 +77,20 @@ def _down(name: str, D: int, E: int, L: int, K: int, *, backward: bool) -> Varia
 
 
 def _up(
-    name: str, D: int, E: int, L: int, K: int, capability: int, *, linear: bool, transposed: bool = False
+    name: str,
+    D: int,
+    E: int,
+    L: int,
+    K: int,
+    capability: int,
+    *,
+    linear: bool,
+    transposed: bool = False,
+    flat: bool = False,
 ) -> Variant:
     BC, LP = launch.up_columns(E, L)
     tile = launch.up_tile(linear, capability)
-    stride_o, stride_l = (1, D) if transposed else (L, 1)
+    stride_o, stride_l = (1, D) if transposed or flat else (L, 1)
     stride_wo, stride_wd = (1, D) if transposed else (D, 1)
     return Variant(
         kernel="lora_up_dense",
@@ -100,7 +119,8 @@ def _up(
     )
 
 
-def _sorted(name: str, O: int, E: int, L: int, K: int, *, rows: int) -> Variant:
+def _sorted(name: str, O: int, E: int, L: int, K: int, *, rows: int, flat: bool = False) -> Variant:
+    stride_o, stride_l = (1, O) if flat else (L, 1)
     return Variant(
         kernel="lora_up_sorted",
         name=name,
@@ -112,7 +132,7 @@ def _sorted(name: str, O: int, E: int, L: int, K: int, *, rows: int) -> Variant:
         },
         integers={
             **{"slot": 0, "first_column": 0, "end_column": O, "O": O, "E": E, "L": L, "stride_base": O},
-            **{"stride_be": L * O, "stride_bo": L, "stride_bl": 1},
+            **{"stride_be": L * O, "stride_bo": stride_o, "stride_bl": stride_l},
         },
         floats=("scale",),
         constants={
@@ -148,9 +168,11 @@ def _decode_down(name: str, D: int, E: int, L: int, K: int) -> Variant:
     )
 
 
-def _decode_up(name: str, O: int, E: int, L: int, K: int) -> Variant:
+def _decode_up(name: str, O: int, E: int, L: int, K: int, *, flat: bool = False) -> Variant:
+    stride_o, stride_l = (1, O) if flat else (L, 1)
     LP, _, BN = launch.decode_tile(L)
-    integers = {"O": O, "E": E, "L": L, "stride_be": L * O, "stride_bo": L, "stride_bl": 1, "stride_base": O}
+    integers = {"O": O, "E": E, "L": L, "stride_be": L * O, "stride_base": O}
+    integers |= {"stride_bo": stride_o, "stride_bl": stride_l}
     return Variant(
         kernel="lora_decode_up",
         name=name,
@@ -162,6 +184,6 @@ def _decode_up(name: str, O: int, E: int, L: int, K: int) -> Variant:
         integers=integers,
         floats=("scale",),
         constants={"K": K, "BASE": True, "BN": BN, "LP": LP},
-        # a row of B is L long: the JIT marks lengths as aligned only at multiples of 16
-        wide_loads=L % 16 == 0,
+        # a row of B is L (O when flat) long: the JIT marks lengths as aligned only at multiples of 16
+        wide_loads=(O if flat else L) % 16 == 0,
     )
