@@ -13,7 +13,6 @@ Shapes: B rows, S sequence, D width, N running rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, REPEAT, SKIP
 from moe_kit.depth.narrow import running_rows
 from moe_kit.hf.cache import CacheView, CarriedDecisions, mark_empty, second_slot
-from moe_kit.hf.layers import find_attention
 from moe_kit.routing.state import ModelRouting
 
 _CACHE_NAMES = ("past_key_values", "layer_past")
@@ -30,28 +28,35 @@ _CACHE_NAMES = ("past_key_values", "layer_past")
 _ROW_ARGUMENTS = ("attention_mask", "position_ids", "position_embeddings")
 
 
-@dataclass(frozen=True)
 class Plan:
     """What to do with the rows of a batch at one unit.
 
+    Args:
+        actions: action of each row, on the host.
+        device: where the rows' tensors are.
+        forced: whether the user forced or replayed it.
+
     Attributes:
         uniform: the action of all rows, or None if they differ.
-        rows: action -> int64 row indices, when they differ.
-        forced: the forced table this plan was checked against.
     """
 
-    uniform: int | None
-    rows: dict[int, Tensor] | None = None
-    forced: Tensor | None = None
+    __slots__ = ("_rows", "actions", "device", "forced", "uniform")
 
-    @classmethod
-    def of(cls, action_B: Tensor, device: torch.device, forced: Tensor | None) -> Plan:
-        """Make the plan of CPU actions int64 [B]."""
-        actions = action_B.tolist()
-        if all(action == actions[0] for action in actions):
-            return cls(actions[0] if actions else EXECUTE, None, forced)
-        rows = {action: (action_B == action).nonzero()[:, 0].to(device) for action in sorted(set(actions))}
-        return cls(None, rows, forced)
+    def __init__(self, actions: list[int], device: torch.device, forced: bool = False) -> None:
+        self.actions, self.device, self.forced = actions, device, forced
+        first = actions[0] if actions else EXECUTE
+        self.uniform = first if actions.count(first) == len(actions) else None
+        self._rows: dict[int, Tensor] | None = None
+
+    @property
+    def rows(self) -> dict[int, Tensor]:
+        """Action -> int64 [N], the rows that take it; made on first use."""
+        if self._rows is None:
+            self._rows = {
+                action: torch.tensor([row for row, taken in enumerate(self.actions) if taken == action]).to(self.device)
+                for action in sorted(set(self.actions))
+            }
+        return self._rows
 
 
 class Call:
@@ -62,15 +67,17 @@ class Call:
         forward: the forward of its own class, unbound.
         kwargs: its arguments besides the input.
         kind: "layer", "attention" or "mlp".
+        slot: index of the layer's keys in a cache.
         routing: routing state of the model; routers of adapters inside the module read it.
     """
 
-    __slots__ = ("cache", "cache_name", "forward", "kind", "kwargs", "module", "routing")
+    __slots__ = ("cache", "cache_name", "forward", "kind", "kwargs", "module", "routing", "slot")
 
     def __init__(
-        self, module: nn.Module, forward: Callable, kwargs: dict[str, Any], kind: str, routing: ModelRouting
+        self, module: nn.Module, forward: Callable, kwargs: dict[str, Any], kind: str, slot: int, routing: ModelRouting
     ) -> None:
-        self.module, self.forward, self.kwargs, self.kind, self.routing = module, forward, kwargs, kind, routing
+        self.module, self.forward, self.kwargs, self.kind = module, forward, kwargs, kind
+        self.slot, self.routing = slot, routing
         self.cache_name, self.cache = "", None
         for name in _CACHE_NAMES:
             if kwargs.get(name) is not None:
@@ -124,7 +131,6 @@ def run_rows(call: Call, x_BSD: Tensor, plan: Plan, carrier: CarriedDecisions, f
         return _uniform(call, x_BSD, plan.uniform, carrier, forecaster)
     out = call.identity(x_BSD)
     rows = plan.rows
-    assert rows is not None
     if APPROXIMATE in rows:
         assert forecaster is not None
         out = out.index_copy(0, rows[APPROXIMATE], call.stand_in(x_BSD[rows[APPROXIMATE]], forecaster))
@@ -135,7 +141,7 @@ def run_rows(call: Call, x_BSD: Tensor, plan: Plan, carrier: CarriedDecisions, f
     first_N = torch.cat(running).sort().values if len(running) > 1 else running[0]
     out = _pass(call, x_BSD, out, first_N, None)
     if REPEAT in rows:
-        slot = None if call.cache is None else second_slot(call.cache, carrier, _layer_index(call))
+        slot = None if call.cache is None else second_slot(call.cache, carrier, call.slot)
         out = _pass(call, out, out, rows[REPEAT], slot)
     return call.wrap(out)
 
@@ -153,7 +159,7 @@ def _uniform(call: Call, x_BSD: Tensor, action: int, carrier: CarriedDecisions, 
     out = call.output(x_BSD)
     if call.cache is None:
         return call(out)
-    view = CacheView(call.cache, second_slot(call.cache, carrier, _layer_index(call)))
+    view = CacheView(call.cache, second_slot(call.cache, carrier, call.slot))
     return call(out, **call.with_cache(view))
 
 
@@ -196,15 +202,10 @@ def select_rows(kwargs: dict[str, Any], rows_N: Tensor, batch: int) -> dict[str,
     return changes
 
 
-def _layer_index(call: Call) -> int:
-    return getattr(call.module, find_attention(call.module)).layer_idx
-
-
 def _note_unused(call: Call) -> None:
     """A skipped layer leaves its cache layer unused; see `mark_empty`."""
     if call.cache is None or call.kind == "mlp":
         return
     layers = getattr(call.cache, "layers", ())
-    index = call.module.layer_idx if call.kind == "attention" else _layer_index(call)
-    if index < len(layers):
-        mark_empty(layers[index])
+    if call.slot < len(layers):
+        mark_empty(layers[call.slot])

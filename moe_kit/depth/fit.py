@@ -327,7 +327,7 @@ def _policy_loss(model: nn.Module, state: DepthState, batch: Batch, config: FitC
         loss_MB = (loss_BS.sum(1) / (labels[:, 1:] != -100).sum(1).clamp_min(1)).view(config.samples, rows)
         adapter = state.active()
         columns = sorted(state.units[adapter])
-        table = state.carrier.sites[f"moe_depth.{adapter}"][:, columns]
+        table = state.decided(adapter)[:, columns]
         applied_MB = (table % 3).float().mean(1).view(config.samples, rows).to(loss_MB.device)
         penalty_MB = loss_MB + config.cost * applied_MB
     log_prob_MB = torch.stack([trace.log_prob_N for trace in traces]).sum(0).view(config.samples, rows)

@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from moe_kit.depth.config import EXECUTE, SKIP, LayerRoutingConfig
+from moe_kit.depth.hooks import attach_depth, detach_depth
 from moe_kit.depth.routers import FixedRouter, evenly_spaced
-from moe_kit.depth.state import attach_depth, detach_depth
 from moe_kit.depth.swap import swap_in, swap_out
 from moe_kit.depth.unit import DepthUnit
 from moe_kit.errors import ConfigError
@@ -113,7 +113,9 @@ class LayerRoutingModel(BaseTuner):
         units = state.units.setdefault(adapter_name, {})
         unit = target._modules.get(UNIT)
         if unit is None:
-            unit = DepthUnit(state, kind, index, current_key, text_config(self.model).hidden_size)
+            layer = found.layers[index]
+            slot = getattr(layer, find_attention(layer)).layer_idx
+            unit = DepthUnit(state, kind, index, slot, current_key, text_config(self.model).hidden_size)
             unit.set_adapter(self.active_adapters)
             swap_in(target, unit)
         leader = units.get(index) if peft_config.scope == "token" and peft_config.units == "layer" else None
@@ -121,7 +123,7 @@ class LayerRoutingModel(BaseTuner):
         router = self._fixed(peft_config, index) if leader is None else None
         unit.update_layer(adapter_name, peft_config, router, leader)
         if leader is None:
-            units[unit.column_of()] = unit
+            units[unit.column] = unit
         parameter = next((p for p in target.parameters() if not p.is_meta), None)
         if parameter is not None and not any(p.is_meta for p in unit.parameters()):
             unit.to(parameter.device)

@@ -15,6 +15,7 @@ Shapes: B rows, S sequence, D width, W windows, A actions, F hidden width, N dec
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +196,7 @@ def window_matrix(mask_BS: Tensor, windows: int) -> tuple[Tensor, Tensor]:
     return matrix, weight
 
 
-def pooled_logits(router: ActionRouter, x_BSD: Tensor, mask_BS: Tensor, pooling: str, windows: Tensor | None) -> Tensor:
+def pooled_logits(router: ActionRouter, x_BSD: Tensor, mask_BS: Tensor, pooling: str, windows: Any) -> Tensor:
     """Logits of a decision for each row.
 
     Args:
@@ -215,7 +216,7 @@ def pooled_logits(router: ActionRouter, x_BSD: Tensor, mask_BS: Tensor, pooling:
         return torch.einsum("bs,bsa->ba", weight_BS, probabilities_BSA).clamp_min(1e-20).log()
     matrix_BWS, weight_BW = windows
     logits_BWA = router.score(torch.bmm(matrix_BWS, x_BSD.float()))
-    return (weight_BW[:, :, None] * logits_BWA).sum(1)
+    return torch.bmm(weight_BW[:, None], logits_BWA)[:, 0]
 
 
 def choose(logits_NA: Tensor, config: LayerRoutingConfig) -> Tensor:
@@ -248,6 +249,44 @@ def choose(logits_NA: Tensor, config: LayerRoutingConfig) -> Tensor:
     else:
         run_N = score_NA[:, execute] >= best_N
     return torch.where(run_N, EXECUTE, code_A[other_N])
+
+
+def choose_rows(logits: list[list[float]], config: LayerRoutingConfig) -> list[int]:
+    """`choose` on the host, for the few rows of a batch: one copy from the device instead of a dozen small kernels.
+
+    Args:
+        logits: one logit an action for each row.
+        config: the configuration; its `budget` is p.
+
+    Returns:
+        Action codes.
+
+    Example:
+        >>> choose_rows([[0.0, 1.0, 2.0], [3.0, 3.0, 0.0]], LayerRoutingConfig())  # equal scores execute
+        [2, 1]
+    """
+    codes, p = config.action_codes, config.budget
+    execute = codes.index(EXECUTE)
+    others = [index for index in range(len(codes)) if index != execute]
+    actions = []
+    for score in logits:
+        if config.budget_kind == "threshold":
+            run = _softmax(score)[execute] >= p
+        else:
+            if config.budget_kind == "interpolation" and p:
+                target = SKIP if p < 0 else REPEAT
+                target = target if target in codes else EXECUTE
+                score = [(1 - abs(p)) * q + abs(p) * (code == target) for q, code in zip(_softmax(score), codes)]
+            run = all(score[execute] >= score[index] for index in others)
+        actions.append(EXECUTE if run else codes[max(others, key=score.__getitem__)])
+    return actions
+
+
+def _softmax(score: list[float]) -> list[float]:
+    top = max(score)
+    powers = [math.exp(value - top) for value in score]
+    total = sum(powers)
+    return [power / total for power in powers]
 
 
 def evenly_spaced(columns: list[int], rate: float) -> set[int]:

@@ -1,8 +1,7 @@
 """What the layer routers of one model share: the units in order, forced actions, and the decisions of a request.
 
 A request is what one decision holds for: the life of a cache; without a cache one `generate` call; else one forward.
-Decisions are kept as one CPU table [B, U] (0 skip, 1 execute, 2 repeat, 3 approximate, -1 not decided yet) in a
-`CarriedDecisions`, so that obeying one while decoding waits for no device.
+Its decisions are a `Route` in a `CarriedDecisions`. What can be looked up once a pass is looked up when it opens.
 
 Shapes: B rows, U units (columns: layers, or attention and MLP of each layer in turn), S sequence.
 """
@@ -10,9 +9,6 @@ Shapes: B rows, U units (columns: layers, or attention and MLP of each layer in 
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +16,11 @@ from torch import Tensor, nn
 
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, SKIP, LayerRoutingConfig
 from moe_kit.depth.losses import LOSSES, Trace
+from moe_kit.depth.route import Route, repeat_rows
 from moe_kit.depth.routers import window_matrix
 from moe_kit.errors import RoutingError
-from moe_kit.hf.cache import CarriedDecisions, ensure_carrier, mask_diagonal
-from moe_kit.hf.hooks import attach, loss_share
+from moe_kit.hf.cache import CarriedDecisions, ensure_carrier
+from moe_kit.routing.decision import Routing
 from moe_kit.routing.state import ModelRouting
 
 if TYPE_CHECKING:
@@ -31,9 +28,7 @@ if TYPE_CHECKING:
     from moe_kit.depth.unit import DepthUnit
 
 ATTRIBUTE = "moe_depth_state"
-_HOOKS = "moe_depth_hooks"
 _SITE = "moe_depth."
-UNDECIDED = -1
 
 
 class DepthState:
@@ -47,9 +42,12 @@ class DepthState:
         configs: adapter -> configuration.
         forced: int64 [B or 1, U] actions to obey, or None.
         carrier: decisions of the present request.
+        executing: units that are known to execute for every row of the present pass, and need not be asked.
         traces: what units decided in the present training pass.
         foreign: True if the cache of the present pass was filled without layer routes.
         decisions: column -> what the tokens of the present pass do there (token scope).
+        decided_now: whether a unit decided in the present pass.
+        under_way: the module whose forward pass is under way.
     """
 
     def __init__(self, routing: ModelRouting, num_layers: int, anchors: tuple[int, ...]) -> None:
@@ -57,15 +55,24 @@ class DepthState:
         self.units: dict[str, dict[int, DepthUnit]] = {}
         self.configs: dict[str, LayerRoutingConfig] = {}
         self.forced: Tensor | None = None
+        self.in_generate = False
+        self.prompt_width: int | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget the last pass: nothing of it is worth copying, and traces hold graph tensors."""
         self.carrier = CarriedDecisions()
+        self.executing: frozenset[DepthUnit] = frozenset()
         self.traces: list[Trace] = []
         self.decisions: dict[int, TokenDecision] = {}
         self.row_keys_B: Tensor | None = None
-        self.in_generate = False
-        self.prompt_width: int | None = None
         self.foreign = False
+        self.under_way: nn.Module | None = None
         self._cache: Any = None
-        self._windows: dict[tuple, Any] = {}
+        self._pooling: dict[tuple, Any] = {}
+        self._used: tuple[str, Route, torch.device] | None = None
+        self.decided_now = False
+        self._forced_columns: tuple[Any, list[list[int]]] = (None, [])
 
     def __deepcopy__(self, memo: dict) -> DepthState:
         fresh = DepthState(copy.deepcopy(self.routing, memo), self.num_layers, self.anchors)
@@ -75,17 +82,13 @@ class DepthState:
         return fresh
 
     def __getstate__(self) -> dict:
-        # decisions of a finished request are not worth keeping, and traces hold graph tensors
-        return {
-            **self.__dict__,
-            "carrier": CarriedDecisions(),
-            "traces": [],
-            "decisions": {},
-            "_cache": None,
-            "_windows": {},
-            "row_keys_B": None,
-            "forced": None,
-        }
+        kept = ("routing", "num_layers", "anchors", "units", "configs")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.forced, self.in_generate, self.prompt_width = None, False, None
+        self._forget()
 
     def num_columns(self, adapter: str) -> int:
         """U: columns of the action table of an adapter."""
@@ -97,131 +100,180 @@ class DepthState:
         Raises:
             RoutingError: if none is active or the model has none.
         """
+        adapter = self._active()
+        if adapter is None:
+            raise RoutingError(
+                f"no layer-routing adapter is active; the model has {sorted(self.units)}: call set_adapter with one of them."
+            )
+        return adapter
+
+    def _active(self) -> str | None:
         for adapter, units in self.units.items():
             if any(unit.active_name() == adapter for unit in units.values()):
                 return adapter
-        raise RoutingError(
-            f"no layer-routing adapter is active; the model has {sorted(self.units)}: call set_adapter with one of them."
-        )
+        return None
 
-    def open(self, arguments: dict[str, Any]) -> None:
-        """Start a forward pass."""
-        self.traces, self.decisions, self._windows, self._cache = [], {}, {}, None
+    # a pass
+
+    def open(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        """Start a forward pass.
+
+        Args:
+            module: what is called: the model, or a part of it on its own.
+            arguments: its arguments by name.
+
+        Raises:
+            RoutingError: if the pass goes on with a cache of other rows, or is asked for other routes than its cache has.
+        """
+        self.under_way = module
+        self.traces, self.decisions, self._pooling, self._cache = [], {}, {}, None
+        self._used, self.decided_now, self.executing = None, False, frozenset()
         if not (self.in_generate and self.carrier.sites):
             self.carrier = CarriedDecisions()
             self.row_keys_B = None
-
+        tokens = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         self._board(arguments.get("past_key_values"))
-        self._read_mask(arguments)
+        if tokens is not None:
+            self._mark_candidates(tokens)
+            self._continue(tokens.shape[0])
         if self.row_keys_B is None and any(config.router == "random" for config in self.configs.values()):
             self.row_keys_B = _row_keys(arguments, self.routing.context.prompt_mask_BS, self.routing.context.mask_BS)
 
-    def _read_mask(self, arguments: dict[str, Any]) -> None:
-        """Find padding where the attention mask is a prepared one; only at prefill, where decisions are made."""
-        context, tokens = self.routing.context, arguments.get("input_ids")
-        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None or tokens.shape[1] == 1:
+    def _mark_candidates(self, tokens: Tensor) -> None:
+        """Assisted decoding appends its candidates to the prompt; a decision reads the prompt."""
+        context, width = self.routing.context, self.prompt_width
+        if not self.in_generate or width is None or tokens.shape[1] <= width or context.prompt_mask_BS is not None:
             return
-        if context.mask_BS is None:
-            self._read_prepared_mask(arguments, tokens)
-        width = self.prompt_width
-        if self.in_generate and width is not None and tokens.shape[1] > width and context.prompt_mask_BS is None:
-            # assisted decoding appends its candidates to the prompt
-            columns_S = torch.arange(tokens.shape[1], device=tokens.device) < width
-            prompt_BS = columns_S.expand(tokens.shape[0], -1)
-            context.prompt_mask_BS = prompt_BS if context.mask_BS is None else prompt_BS & context.mask_BS
-
-    def _read_prepared_mask(self, arguments: dict[str, Any], tokens: Tensor) -> None:
-        context = self.routing.context
-        cache = arguments.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        mask_BS = mask_diagonal(arguments.get("attention_mask"), tuple(tokens.shape[:2]), past)
-        if mask_BS is not None:
-            context.mask_BS = mask_BS
-            if context.prompt_mask_BS is not None:
-                context.prompt_mask_BS = context.prompt_mask_BS & mask_BS
+        prompt_BS = (torch.arange(tokens.shape[1], device=tokens.device) < width).expand(tokens.shape[0], -1)
+        context.prompt_mask_BS = prompt_BS if context.mask_BS is None else prompt_BS & context.mask_BS
 
     def _board(self, cache: Any) -> None:
         """Put a carrier on the cache of this pass before the pass writes to it."""
         self.foreign = False
         if cache is None:
             return
-        carrier = ensure_carrier(cache, self.num_layers)
-        if self.units and not any(site.startswith(_SITE) for site in carrier.sites):
+        self._cache, self.carrier = cache, ensure_carrier(cache, self.num_layers)
+        if self.units and not any(site.startswith(_SITE) for site in self.carrier.sites):
             # what other routes computed cannot be continued on these
             self.foreign = int(cache.get_seq_length()) > 0
 
+    def _continue(self, batch: int) -> None:
+        """Check once, not at every unit, that the pass may go on with its request, and note what just executes."""
+        adapter = self._active()
+        route = None if adapter is None else self._find(adapter, self.carrier)
+        if adapter is None or route is None:
+            return
+        route.check_rows(batch)
+        units = self.units[adapter]
+        asked = self._asked()
+        if asked is not None and asked is not route.agreed:
+            route.agree((u.path, c, self.forced_column(adapter, c, u.site(adapter), batch)) for c, u in units.items())
+            route.agreed = asked
+        if route.executing is not None and self.routing.record is None and not torch.is_grad_enabled():
+            self.executing = route.executing
+
+    def _asked(self) -> Any:
+        """What the user forces or replays, as an object to be told apart by identity."""
+        return self.routing.context.replay if self.forced is None else self.forced
+
+    def before_close(self) -> None:
+        """The model has run: let recording and metrics see the route, with one copy to the device for all units."""
+        if self._used is None:
+            return
+        (adapter, route, device), context = self._used, self.routing.context
+        units = self.units[adapter]
+        route.settle(units)
+        if not context.is_open or not (self.decided_now or self.routing.record is not None):
+            return
+        ids_BU = route.table_BU.to(device)
+        ones_B1 = torch.ones(route.batch, 1, device=device)
+        for column, unit in units.items():
+            if column in route.plans:
+                routing = Routing(
+                    num_experts=4,
+                    sparse_ids_NK=ids_BU[:, column, None],
+                    sparse_weights_NK=ones_B1,
+                    num_sequences=route.batch,
+                )
+                context.registered.append((unit.site(adapter), routing, Quiet(unit.training)))
+
     def close(self) -> None:
         """End the forward pass; a cache is not kept alive by it."""
-        self._cache = None
+        self._cache, self._used, self.under_way = None, None, None
+        # recomputation for a backward pass asks the units
+        self.executing = frozenset()
 
-    def request(self, cache: Any) -> CarriedDecisions:
-        """The decisions that hold for a call with this cache (None without)."""
-        if cache is None:
-            return self.carrier
-        if self._cache is cache:
-            return self.carrier
-        # a cache that the user gave has its carrier since the pass began; one that the model made was empty then
-        self._cache, self.carrier = cache, ensure_carrier(cache, self.num_layers)
-        return self.carrier
+    # a request
 
-    def table(self, adapter: str, carrier: CarriedDecisions, batch: int) -> Tensor:
-        """Actions int64 [B, U] of a request, on the CPU; made on first use.
+    def route(self, adapter: str, cache: Any, batch: int, device: torch.device) -> Route:
+        """The route of a call with this cache (None without); made on first use.
 
         Raises:
             RoutingError: if the request has other rows.
         """
-        site = _SITE + adapter
-        table_BU = carrier.sites.get(site)
-        if table_BU is None:
-            table_BU = torch.full((batch, self.num_columns(adapter)), UNDECIDED)
-            carrier.sites[site] = table_BU
-        if table_BU.shape[0] != batch:
-            raise RoutingError(
-                f"the cache carries routes of {table_BU.shape[0]} rows but the forward pass has {batch}: use one cache "
-                "for one batch, or expand it with cache.batch_repeat_interleave."
-            )
-        return table_BU
+        if cache is not None and self._cache is not cache:
+            # a cache that the user gave has its carrier since the pass began; one that the model made was empty then
+            self._cache, self.carrier = cache, ensure_carrier(cache, self.num_layers)
+        route = self._find(adapter, self.carrier)
+        if route is None:
+            route = self.carrier.notes[adapter] = Route.undecided(batch, self.num_columns(adapter))
+            route.agreed = self._asked()
+            self.carrier.sites[_SITE + adapter] = route.table_BU
+        route.check_rows(batch)
+        self._used = (adapter, route, device)
+        return route
 
-    def forced_column(self, adapter: str, column: int, site: str, batch: int) -> Tensor | None:
-        """Actions that the user forces or replays at a unit, int64 [B] on the CPU, or None."""
+    @staticmethod
+    def _find(adapter: str, carrier: CarriedDecisions) -> Route | None:
+        route = carrier.notes.get(adapter)
+        table_BU = carrier.sites.get(_SITE + adapter)
+        if route is None and table_BU is not None:
+            route = carrier.notes[adapter] = Route(table_BU)
+        return route
+
+    def decided(self, adapter: str) -> Tensor | None:
+        """Actions int64 [B, U] of the last request, on the CPU; None before any."""
+        return self.carrier.sites.get(_SITE + adapter)
+
+    def forced_column(self, adapter: str, column: int, site: str, batch: int) -> list[int] | None:
+        """Action of each row that the user forces or replays at a unit, or None."""
         if self.forced is not None:
-            return _repeat_rows(self.forced[:, column], batch)
+            if self._forced_columns[0] is not self.forced:
+                self._forced_columns = (self.forced, self.forced.t().tolist())
+            return repeat_rows(self._forced_columns[1][column], batch)
         replay = self.routing.context.replay
         if replay is not None and site in replay:
-            return _repeat_rows(replay[site][:, 0].cpu(), batch)
+            return repeat_rows(replay[site][:, 0].tolist(), batch)
         return None
 
-    def prompt_mask(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """Tokens that a decision may read, bool [B, S]; made once a pass."""
-        key = ("mask", batch, length, device)
-        if key not in self._windows:
+    def pooling(self, config: LayerRoutingConfig, batch: int, length: int, device: torch.device) -> tuple[Any, Any]:
+        """Tokens that a decision may read, bool [B, S], and their `window_matrix`; made once a pass and device."""
+        count = None if config.pooling == "tokens" else config.windows if config.pooling == "windows" else 1
+        key = (count, batch, length, device)
+        if key not in self._pooling:
             mask_T = self.routing.context.prompt_mask_T(batch, length)
-            ones = torch.ones(batch, length, dtype=torch.bool, device=device)
-            self._windows[key] = ones if mask_T is None else mask_T.view(batch, length).to(device)
-        return self._windows[key]
+            mask_BS = torch.ones(batch, length, dtype=torch.bool) if mask_T is None else mask_T.view(batch, length)
+            mask_BS = mask_BS.to(device)
+            self._pooling[key] = (mask_BS, None if count is None else window_matrix(mask_BS, count))
+        return self._pooling[key]
 
-    def windows(self, mask_BS: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """`window_matrix` of this pass, made once for all units."""
-        key = (count, tuple(mask_BS.shape), mask_BS.device)
-        if key not in self._windows:
-            self._windows[key] = window_matrix(mask_BS, count)
-        return self._windows[key]
-
-    def random_actions(self, adapter: str, batch: int) -> Tensor:
-        """Actions int64 [B, U] of the random baseline: round(rate * n) of the n routed units, drawn by each prompt.
+    def random_actions(self, adapter: str, route: Route) -> list[list[int]]:
+        """Actions, by column and row, of the random baseline: round(rate * n) of the n routed units, drawn by prompt.
 
         The draw depends on the prompt's tokens and the seed only, so that it is the same in any batch.
         """
-        config, columns = self.configs[adapter], sorted(self.units[adapter])
-        actions = torch.full((batch, self.num_columns(adapter)), EXECUTE)
-        keys_B = torch.zeros(batch, dtype=torch.long) if self.row_keys_B is None else self.row_keys_B
-        count = round(config.budget * len(columns))
-        for row, key in enumerate(_repeat_rows(keys_B, batch).tolist()):
-            generator = torch.Generator().manual_seed((config.seed * 1_000_003 + key) % (2**63))
-            picked = torch.randperm(len(columns), generator=generator)[:count].tolist()
-            actions[row, [columns[index] for index in picked]] = SKIP if "skip" in config.actions else APPROXIMATE
-        return actions
+        if route.drawn is None:
+            config, columns = self.configs[adapter], sorted(self.units[adapter])
+            keys = [0] if self.row_keys_B is None else self.row_keys_B.tolist()
+            count = round(config.budget * len(columns))
+            away = SKIP if "skip" in config.actions else APPROXIMATE
+            route.drawn = [[EXECUTE] * route.batch for _ in range(self.num_columns(adapter))]
+            for row, key in enumerate(repeat_rows(keys, route.batch)):
+                generator = torch.Generator().manual_seed((config.seed * 1_000_003 + key) % (2**63))
+                for index in torch.randperm(len(columns), generator=generator)[:count].tolist():
+                    route.drawn[columns[index]][row] = away
+        return route.drawn
 
     def losses(self) -> dict[str, tuple[float, Tensor]]:
         """Name -> (coefficient, unscaled loss) of the last training pass."""
@@ -234,21 +286,17 @@ class DepthState:
         }
 
 
-def _repeat_rows(value: Tensor, batch: int) -> Tensor:
-    """Rows of a per-row value for a batch; a batch that is a multiple repeats each row (beams).
+class Quiet:
+    """Stands for a router that has no balance losses.
 
-    Raises:
-        RoutingError: if the batch is no multiple of the rows.
+    Args:
+        training: whether its unit is in training mode.
     """
-    rows = value.shape[0]
-    if rows == batch:
-        return value
-    if rows == 0 or batch % rows:
-        raise RoutingError(
-            f"actions for {rows} rows were given but the forward pass has {batch}: give one row for all, or one for "
-            "each batch row (a batch that is a multiple repeats each row, for beams)."
-        )
-    return value.repeat_interleave(batch // rows, dim=0)
+
+    losses: dict = {}
+
+    def __init__(self, training: bool) -> None:
+        self.training = training
 
 
 def _row_keys(arguments: dict[str, Any], prompt_BS: Tensor | None, mask_BS: Tensor | None) -> Tensor | None:
@@ -262,36 +310,6 @@ def _row_keys(arguments: dict[str, Any], prompt_BS: Tensor | None, mask_BS: Tens
     return ((tokens.long() + 1) * (rank_BS * 7919 + 104729) * mask_BS).sum(1).remainder(2**31 - 1).cpu()
 
 
-def attach_depth(model: nn.Module, num_layers: int, anchors: tuple[int, ...]) -> DepthState:
-    """Attach depth state and hooks to an inner Hugging Face model; doing it twice changes nothing.
-
-    Args:
-        model: the model that receives `input_ids`, `attention_mask` and `labels`.
-        num_layers: its decoder layers.
-        anchors: layers that size the masks.
-    """
-    routing = attach(model)
-    state = model.__dict__.get(ATTRIBUTE)
-    if state is None:
-        state = model.__dict__[ATTRIBUTE] = DepthState(routing, num_layers, anchors)
-    if _HOOKS not in model.__dict__:
-        model.__dict__[_HOOKS] = (
-            model.register_forward_pre_hook(_open, with_kwargs=True),
-            model.register_forward_hook(_close, with_kwargs=True, always_call=True),
-        )
-        if hasattr(type(model), "generate"):
-            model.__dict__["generate"] = functools.partial(_generate, model)
-    return state
-
-
-def detach_depth(model: nn.Module) -> None:
-    """Remove what `attach_depth` added; doing it twice changes nothing."""
-    for handle in model.__dict__.pop(_HOOKS, ()):
-        handle.remove()
-    model.__dict__.pop(ATTRIBUTE, None)
-    model.__dict__.pop("generate", None)
-
-
 def find_depth_state(model: nn.Module) -> DepthState:
     """The depth state of a model or of a module inside it.
 
@@ -303,67 +321,3 @@ def find_depth_state(model: nn.Module) -> DepthState:
         if state is not None:
             return state
     raise RoutingError("this model has no layer routers: wrap it with get_peft_model(model, LayerRoutingConfig(...)).")
-
-
-def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`generate` with one decision for the whole call, also without a cache."""
-    state: DepthState = model.__dict__[ATTRIBUTE]
-    generation_config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    chunk = kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None))
-    if chunk is not None:
-        _warn_chunks(chunk)
-    # a compiled decoding step cannot branch on a route
-    if kwargs.get("generation_config") is not None:
-        kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
-        kwargs["generation_config"].disable_compile = True
-    else:
-        kwargs.setdefault("disable_compile", True)
-    prompt = next(
-        (kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None), None
-    )
-    prompt = args[0] if args and prompt is None else prompt
-    previous, state.in_generate = (state.in_generate, state.prompt_width), True
-    state.prompt_width = None if prompt is None else prompt.shape[1]
-    state.carrier = CarriedDecisions()
-    try:
-        return type(model).generate(model, *args, **kwargs)
-    finally:
-        state.in_generate, state.prompt_width = previous
-
-
-@functools.cache
-def _warn_chunks(chunk: int) -> None:
-    warnings.warn(
-        f"moe_kit: with prefill_chunk_size={chunk} a sequence's layer routes are decided on its first chunk.",
-        stacklevel=3,
-    )
-
-
-def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    module.__dict__[ATTRIBUTE].open(_named(module, args, kwargs))
-
-
-def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward call by name."""
-    return {**dict(zip(_names(type(module)), args)), **kwargs} if args else kwargs
-
-
-@functools.cache
-def _names(kind: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
-
-
-def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    state: DepthState = module.__dict__[ATTRIBUTE]
-    state.close()
-    if output is None or not state.traces or not (module.training and torch.is_grad_enabled()):
-        return None
-    losses = state.losses()
-    state.routing.context.closed_losses.update({name: loss for name, (_, loss) in losses.items()})
-    terms = [coefficient * loss for coefficient, loss in losses.values() if coefficient]
-    loss = getattr(output, "loss", None)
-    if loss is None or not terms:
-        return None
-    share = loss_share(module, _named(module, args, kwargs))
-    output.loss = loss + share * torch.stack(terms).sum().to(loss.device)
-    return output

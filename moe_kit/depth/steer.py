@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, REPEAT, SKIP, check_budget
+from moe_kit.depth.route import UNDECIDED
 from moe_kit.depth.routers import FixedRouter, evenly_spaced
-from moe_kit.depth.state import UNDECIDED, DepthState, find_depth_state
+from moe_kit.depth.state import DepthState, find_depth_state
 from moe_kit.errors import RoutingError
 
 
@@ -37,7 +38,8 @@ def force_layers(model: nn.Module, actions: Tensor | Sequence[Sequence[int]]) ->
     """
     state = find_depth_state(model)
     adapter = state.active()
-    table = torch.as_tensor(actions, dtype=torch.long).cpu()
+    # a copy: it is told apart by identity, and the caller may write to theirs
+    table = torch.as_tensor(actions, dtype=torch.long).cpu().clone()
     columns, units = state.num_columns(adapter), state.units[adapter]
     if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != columns:
         what = "layers" if columns == state.num_layers else "units (attention and MLP of each layer)"
@@ -89,7 +91,7 @@ def layer_applications(model: nn.Module) -> Tensor:
     if config.scope == "token":
         table = _token_shares(state, adapter)
     else:
-        decided_BU = state.carrier.sites.get(f"moe_depth.{adapter}")
+        decided_BU = state.decided(adapter)
         if decided_BU is None:
             raise RoutingError("no request has been routed yet: run a forward pass first.")
         table = torch.where(decided_BU == REPEAT, 2, torch.where(decided_BU == UNDECIDED, 1, decided_BU % 3 % 2))

@@ -75,7 +75,7 @@ def decide_tokens(unit: DepthUnit, adapter: str, config: LayerRoutingConfig, x_B
         RoutingError: if a forced decision does not fit.
     """
     batch, length, width = x_BSD.shape
-    state, column = unit.state, unit.column_of()
+    state, column = unit.state, unit.column
     learning = unit.learning(adapter)
     x_TD = x_BSD.reshape(-1, width)
     mask_T = state.routing.context.mask_T(batch, length)
@@ -134,8 +134,8 @@ def _forced(unit: DepthUnit, adapter: str, column: int, batch: int, length: int)
                 "replay on the same batch that was recorded."
             )
         return ids_T
-    forced_B = unit.state.forced_column(adapter, column, site, batch)
-    return None if forced_B is None else forced_B.repeat_interleave(length)
+    forced = unit.state.forced_column(adapter, column, site, batch)
+    return None if forced is None else torch.tensor(forced).repeat_interleave(length)
 
 
 def _top_tokens(score_T: Tensor, mask_T: Tensor | None, batch: int, share: float) -> Tensor:

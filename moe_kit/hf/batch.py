@@ -71,7 +71,7 @@ def main_context(module: nn.Module, arguments: dict[str, Any], inputs: dict[str,
         labelled = _fits(labels, shape)
     else:
         shape = _shape(arguments, "input_ids", "inputs_embeds")
-        mask_BS = real_tokens(arguments.get("attention_mask"), shape)
+        mask_BS = real_tokens(arguments.get("attention_mask"), shape, arguments.get("past_key_values"))
         first = 0
         labelled = predicts_next_token(module) and _fits(labels, shape)
     context = RoutingContext(
@@ -83,8 +83,8 @@ def main_context(module: nn.Module, arguments: dict[str, Any], inputs: dict[str,
     )
     if shape is None:
         return context
-    if mask_BS is None and first == 0:
-        context.sequence_BS, context.num_sequences = packed_sequences(arguments, shape)
+    if first == 0 and not _is_plain(arguments.get("attention_mask")):
+        context.sequence_BS, context.num_sequences = _packed(arguments, shape, mask_BS)
     context.prompt_mask_BS = _prompt(context, inputs, labels if labelled else None, first, shape, arguments)
     return context
 
@@ -114,22 +114,46 @@ def encoder_context(context: RoutingContext, arguments: dict[str, Any]) -> Routi
     )
 
 
-def real_tokens(attention_mask: Any, shape: torch.Size | None) -> Tensor | None:
-    """Real tokens of this pass: the last columns of a two-dimensional mask.
+def real_tokens(attention_mask: Any, shape: torch.Size | None, cache: Any = None) -> Tensor | None:
+    """Real tokens of this pass: the last columns of a two-dimensional mask, the diagonal of a prepared one.
+
+    `generate` prepares masks itself when a cache is static. Of a single token nothing is read from a prepared mask,
+    which would wait for the device at every decoding step.
 
     Args:
-        attention_mask: [B, S'] with S' >= S when there is a cache; any other form tells nothing about padding.
+        attention_mask: [B, S'] with S' >= S when there is a cache; or [B or 1, 1, S, K], or a dict of such masks by
+            kind of layer; any other form tells nothing about padding.
         shape: [B, S] of the tokens.
+        cache: what holds the keys before these tokens, if anything does.
 
     Returns:
         bool [B, S], or None if nothing is known to be padding.
     """
-    if not isinstance(attention_mask, Tensor) or shape is None or attention_mask.dim() != 2:
+    if attention_mask is None or shape is None:
         return None
-    length = shape[1]
-    if attention_mask.shape[1] < length:
+    batch, length = shape
+    if _is_plain(attention_mask):
+        columns = attention_mask.shape[1]
+        return None if columns < length else attention_mask[:, columns - length :].bool()
+    if length == 1:
         return None
-    return attention_mask[:, attention_mask.shape[1] - length :].bool()
+    from moe_kit.hf.cache import mask_diagonal
+
+    past = 0 if cache is None else int(cache.get_seq_length())
+    return mask_diagonal(attention_mask, (batch, length), past)
+
+
+def _is_plain(attention_mask: Any) -> bool:
+    """Whether a mask is two-dimensional: one entry a token."""
+    return isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+
+
+def _packed(arguments: dict[str, Any], shape: torch.Size, mask_BS: Tensor | None) -> tuple[Tensor | None, int | None]:
+    """`packed_sequences`, unless positions start anew because a prepared mask hides padding before the prompt."""
+    found = packed_sequences(arguments, shape)
+    if found[0] is not None and mask_BS is not None and not bool(mask_BS.all()):
+        return None, None
+    return found
 
 
 def packed_sequences(arguments: dict[str, Any], shape: torch.Size) -> tuple[Tensor | None, int | None]:

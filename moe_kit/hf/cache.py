@@ -28,7 +28,7 @@ class CarriedDecisions(DummyLayer):
     Attributes:
         sites: site name -> tensor [B, ...].
         slots: layer index -> index in `cache.layers` of the cache of that layer's second pass.
-        notes: what a reader derived from the tensors; dropped whenever rows change.
+        notes: what a reader derived from the tensors; dropped whenever rows change, and not copied.
     """
 
     is_sliding = False
@@ -38,6 +38,9 @@ class CarriedDecisions(DummyLayer):
         self.sites: dict[str, Tensor] = {}
         self.slots: dict[int, int] = {}
         self.notes: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "notes": {}}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.sites = {site: function(value) for site, value in self.sites.items()}

@@ -17,6 +17,7 @@ with it, recomputation reads the context of the latest pass, so both must be abo
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -104,7 +105,7 @@ def attach(model: nn.Module) -> HookedRouting:
             model.register_forward_pre_hook(_open, with_kwargs=True),
             model.register_forward_hook(_close, with_kwargs=True, always_call=True),
         ]
-        for part in _parts(model):
+        for part in parts_of(model):
             part.__dict__[ATTRIBUTE] = state
             handles.append(part.register_forward_pre_hook(_open_part, with_kwargs=True))
             handles.append(part.register_forward_hook(_close_part, with_kwargs=True, always_call=True))
@@ -116,29 +117,44 @@ def detach(model: nn.Module) -> None:
     """Remove the hooks and the state; doing it twice changes nothing."""
     for handle in model.__dict__.pop(_HOOKS, ()):
         handle.remove()
-    for part in (model, *_parts(model)):
+    for part in (model, *parts_of(model)):
         part.__dict__.pop(ATTRIBUTE, None)
     withdraw(model)
 
 
-def _parts(model: nn.Module) -> list[nn.Module]:
-    """Models inside a model: backbone, encoder, decoder."""
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """Models inside a model that may be called on their own: backbone, encoder, decoder."""
     from transformers import PreTrainedModel
 
     return [module for module in model.modules() if module is not model and isinstance(module, PreTrainedModel)]
 
 
-def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward call by name."""
+def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward call by name.
+
+    Args:
+        module: what is called.
+        args: its positional arguments.
+        kwargs: its named arguments.
+
+    Returns:
+        Name -> value.
+    """
     if not args:
         return kwargs
-    names = list(inspect.signature(module.forward).parameters)
+    own = "forward" in module.__dict__
+    names = tuple(inspect.signature(module.forward).parameters) if own else _names(type(module))
     return {**dict(zip(names, args)), **kwargs}
+
+
+@functools.cache
+def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
-    arguments = _arguments(module, args, kwargs)
+    arguments = named_arguments(module, args, kwargs)
     if module.training and not torch.compiler.is_compiling():
         # a copied or unpickled model has these hooks but was never wrapped in this process
         track(module)
@@ -160,7 +176,7 @@ def _start(state: HookedRouting, module: nn.Module, arguments: dict[str, Any]) -
 def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
     if not state.context.is_open:
-        _start(state, module, _arguments(module, args, kwargs))
+        _start(state, module, named_arguments(module, args, kwargs))
         state.part, state.wants_aux_loss = module, False
 
 
@@ -185,7 +201,7 @@ def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) 
     if output is None:
         return None
     _keep_decisions(state.context, module, output)
-    arguments = _arguments(module, args, kwargs)
+    arguments = named_arguments(module, args, kwargs)
     learning = module.training and torch.is_grad_enabled()
     loss = _loss_of(output, arguments)
     if learning:

@@ -1,0 +1,125 @@
+"""Hooks that open and close a pass for layer routers, and `generate` with one decision a call.
+
+They stand beside the hooks of `moe_kit.hf.hooks`, which open the routing context first. A part that may be called alone
+(the backbone without its head) has its own pair, which works only when no pass of the whole model is under way.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_kit.depth.state import ATTRIBUTE, DepthState
+from moe_kit.hf.cache import CarriedDecisions
+from moe_kit.hf.hooks import attach, loss_share, named_arguments, parts_of
+
+_HOOKS = "moe_depth_hooks"
+
+
+def attach_depth(model: nn.Module, num_layers: int, anchors: tuple[int, ...]) -> DepthState:
+    """Attach depth state and hooks to an inner Hugging Face model; doing it twice changes nothing.
+
+    Args:
+        model: the model that receives `input_ids`, `attention_mask` and `labels`.
+        num_layers: its decoder layers.
+        anchors: layers that size the masks.
+
+    Returns:
+        The state that all its layer routers share.
+    """
+    routing = attach(model)
+    state = model.__dict__.get(ATTRIBUTE)
+    if state is None:
+        state = model.__dict__[ATTRIBUTE] = DepthState(routing, num_layers, anchors)
+    if _HOOKS not in model.__dict__:
+        handles = []
+        for module in (model, *parts_of(model)):
+            module.__dict__[ATTRIBUTE] = state
+            handles += [
+                module.register_forward_pre_hook(_open, with_kwargs=True),
+                # what is recorded must be there before the routing hooks close the context
+                module.register_forward_hook(_before_close, always_call=True, prepend=True),
+                module.register_forward_hook(_close, with_kwargs=True, always_call=True),
+            ]
+        model.__dict__[_HOOKS] = tuple(handles)
+        if hasattr(type(model), "generate"):
+            model.__dict__["generate"] = functools.partial(_generate, model)
+    return state
+
+
+def detach_depth(model: nn.Module) -> None:
+    """Remove what `attach_depth` added; doing it twice changes nothing."""
+    for handle in model.__dict__.pop(_HOOKS, ()):
+        handle.remove()
+    for module in (model, *parts_of(model)):
+        module.__dict__.pop(ATTRIBUTE, None)
+    model.__dict__.pop("generate", None)
+
+
+def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    state: DepthState = module.__dict__[ATTRIBUTE]
+    if state.under_way is None:
+        state.open(module, named_arguments(module, args, kwargs))
+
+
+def _before_close(module: nn.Module, args: tuple, output: Any) -> None:
+    state: DepthState = module.__dict__[ATTRIBUTE]
+    if state.under_way is module:
+        state.before_close()
+
+
+def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    state: DepthState = module.__dict__[ATTRIBUTE]
+    if state.under_way is not module:
+        return None
+    state.close()
+    if output is None or not state.traces or not (module.training and torch.is_grad_enabled()):
+        return None
+    losses = state.losses()
+    state.routing.context.closed_losses.update({name: loss for name, (_, loss) in losses.items()})
+    terms = [coefficient * loss for coefficient, loss in losses.values() if coefficient]
+    loss = getattr(output, "loss", None)
+    if loss is None or not terms:
+        return None
+    share = loss_share(module, named_arguments(module, args, kwargs))
+    output.loss = loss + share * torch.stack(terms).sum().to(loss.device)
+    return output
+
+
+def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`generate` with one decision for the whole call, also without a cache."""
+    state: DepthState = model.__dict__[ATTRIBUTE]
+    generation_config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    chunk = kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None))
+    if chunk is not None:
+        _warn_chunks(chunk)
+    # a compiled decoding step cannot branch on a route
+    if kwargs.get("generation_config") is not None:
+        kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
+        kwargs["generation_config"].disable_compile = True
+    else:
+        kwargs.setdefault("disable_compile", True)
+    prompt = next(
+        (kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None), None
+    )
+    prompt = args[0] if args and prompt is None else prompt
+    previous, state.in_generate = (state.in_generate, state.prompt_width), True
+    state.prompt_width = None if prompt is None else prompt.shape[1]
+    state.carrier = CarriedDecisions()
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        state.in_generate, state.prompt_width = previous
+
+
+@functools.cache
+def _warn_chunks(chunk: int) -> None:
+    warnings.warn(
+        f"moe_kit: with prefill_chunk_size={chunk} a sequence's layer routes are decided on its first chunk.",
+        stacklevel=3,
+    )

@@ -1,0 +1,129 @@
+"""`Route`: what one request does at every unit, kept where obeying it costs nothing.
+
+The carried form is one int64 table [B, U] on the CPU (0 skip, 1 execute, 2 repeat, 3 approximate, -1 not decided yet),
+which beams reorder and caches carry. A `Route` is a view of it with the plans that were made from it: it lives in the
+carrier's notes, which are dropped whenever rows change, and is then read from the table again.
+
+Shapes: B rows, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_kit.depth.config import EXECUTE
+from moe_kit.depth.execute import Plan
+from moe_kit.errors import RoutingError
+
+if TYPE_CHECKING:
+    from moe_kit.depth.unit import DepthUnit
+
+UNDECIDED = -1
+
+
+class Route:
+    """The decisions of one request.
+
+    Args:
+        table_BU: int64 [B, U] on the CPU; written in place.
+
+    Attributes:
+        plans: column -> plan, made when its unit is first reached.
+        agreed: what the user forced or replayed when the plans were made or last compared.
+        drawn: column -> actions of the random baseline.
+        executing: units that execute for every row, once all are known.
+    """
+
+    def __init__(self, table_BU: Tensor) -> None:
+        self.table_BU = table_BU
+        # the same memory: an element costs a microsecond, an indexed tensor ten
+        self._cells = table_BU.numpy()
+        self.plans: dict[int, Plan] = {}
+        self.agreed: Any = None
+        self.drawn: list[list[int]] | None = None
+        self.executing: frozenset[DepthUnit] | None = None
+
+    @classmethod
+    def undecided(cls, batch: int, columns: int) -> Route:
+        """A route without any decision."""
+        return cls(torch.full((batch, columns), UNDECIDED))
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.table_BU.shape[0]
+
+    def known(self, column: int) -> list[int] | None:
+        """Action of each row at a unit, or None if a row is undecided."""
+        actions = self._cells[:, column].tolist()
+        return None if UNDECIDED in actions else actions
+
+    def decide(self, column: int, actions: list[int]) -> None:
+        """Write the actions of a unit."""
+        self._cells[:, column] = actions
+
+    def settle(self, units: Mapping[int, DepthUnit]) -> None:
+        """Note which units execute for every row, if the plans of all are made."""
+        if self.executing is None and len(self.plans) == len(units):
+            self.executing = frozenset(units[column] for column, plan in self.plans.items() if plan.uniform == EXECUTE)
+
+    def check_rows(self, batch: int) -> None:
+        """Refuse another batch.
+
+        Raises:
+            RoutingError: if the request has other rows.
+        """
+        if self.batch != batch:
+            raise RoutingError(
+                f"the cache carries routes of {self.batch} rows but the forward pass has {batch}: use one cache "
+                "for one batch, or expand it with cache.batch_repeat_interleave."
+            )
+
+    def agree(self, asked: Iterable[tuple[str, int, list[int] | None]]) -> None:
+        """Refuse other actions than those that the request was begun with.
+
+        Args:
+            asked: path and column of each unit, and the actions that are forced or replayed there now, if any.
+
+        Raises:
+            RoutingError: if a decided unit is asked for something else.
+        """
+        for path, column, actions in asked:
+            known = None if actions is None else self.known(column)
+            if known is not None and known != actions:
+                raise RoutingError(
+                    f"{path}: this request was decided as {known} but {actions} is forced now: "
+                    "a cache continues with the routes it was filled with; use a fresh cache for other routes."
+                )
+
+
+def repeat_rows(value: list[int], batch: int) -> list[int]:
+    """Rows of a per-row value for a batch; a batch that is a multiple repeats each row (beams).
+
+    Args:
+        value: one entry a row.
+        batch: rows of the forward pass.
+
+    Returns:
+        `batch` entries.
+
+    Raises:
+        RoutingError: if the batch is no multiple of the rows.
+
+    Example:
+        >>> repeat_rows([0, 2], 4)
+        [0, 0, 2, 2]
+    """
+    rows = len(value)
+    if rows == batch:
+        return value
+    if rows == 0 or batch % rows:
+        raise RoutingError(
+            f"actions for {rows} rows were given but the forward pass has {batch}: give one row for all, or one for "
+            "each batch row (a batch that is a multiple repeats each row, for beams)."
+        )
+    return [entry for entry in value for _ in range(batch // rows)]
