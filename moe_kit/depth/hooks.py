@@ -41,7 +41,7 @@ def attach_depth(model: nn.Module, num_layers: int, anchors: tuple[int, ...]) ->
         for module in (model, *parts_of(model)):
             module.__dict__[ATTRIBUTE] = state
             handles += [
-                module.register_forward_pre_hook(_open, with_kwargs=True),
+                module.register_forward_pre_hook(_open if module is model else _open_part, with_kwargs=True),
                 # what is recorded must be there before the routing hooks close the context
                 module.register_forward_hook(_before_close, always_call=True, prepend=True),
                 module.register_forward_hook(_close, with_kwargs=True, always_call=True),
@@ -63,7 +63,13 @@ def detach_depth(model: nn.Module) -> None:
 
 def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     state: DepthState = module.__dict__[ATTRIBUTE]
-    if state.under_way is None:
+    state.open(module, named_arguments(module, args, kwargs))
+
+
+def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    state: DepthState = module.__dict__[ATTRIBUTE]
+    # the routing hooks have found out already whether the part was called alone
+    if state.routing.part is module:
         state.open(module, named_arguments(module, args, kwargs))
 
 

@@ -20,8 +20,8 @@ from moe_kit.depth.route import Route, repeat_rows
 from moe_kit.depth.routers import window_matrix
 from moe_kit.errors import RoutingError
 from moe_kit.hf.cache import CarriedDecisions, ensure_carrier
+from moe_kit.hf.hooks import HookedRouting
 from moe_kit.routing.decision import Routing
-from moe_kit.routing.state import ModelRouting
 
 if TYPE_CHECKING:
     from moe_kit.depth.tokens import TokenDecision
@@ -50,7 +50,7 @@ class DepthState:
         under_way: the module whose forward pass is under way.
     """
 
-    def __init__(self, routing: ModelRouting, num_layers: int, anchors: tuple[int, ...]) -> None:
+    def __init__(self, routing: HookedRouting, num_layers: int, anchors: tuple[int, ...]) -> None:
         self.routing, self.num_layers, self.anchors = routing, num_layers, anchors
         self.units: dict[str, dict[int, DepthUnit]] = {}
         self.configs: dict[str, LayerRoutingConfig] = {}

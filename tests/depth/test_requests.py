@@ -14,7 +14,8 @@ from moe_kit.depth import LayerRoutingConfig, force_layers, layer_applications
 from moe_kit.depth.routers import choose, choose_rows
 from moe_kit.depth.state import find_depth_state
 from moe_kit.depth.unit import DepthUnit
-from tests.depth.families import LAYERS, padded_batch
+from moe_kit.hf.cache import find_carrier
+from tests.depth.families import padded_batch
 from tests.depth.test_routers import routed
 
 ROUTE = [[1, 0, 1, 2, 1]]
@@ -81,12 +82,13 @@ def test_a_copied_cache_is_a_branch_of_the_request():
     model, ids = routed(), padded_batch((6,))["input_ids"]
     with force_layers(model, ROUTE):
         cache = model(ids, use_cache=True).past_key_values
-    units = sum(isinstance(module, DepthUnit) for module in model.modules())
+    assert find_carrier(cache).notes
+    # a plan knows the units of the model, which a copy of the cache must not copy
+    assert not find_carrier(copy.deepcopy(cache)).notes
     branch = pickle.loads(pickle.dumps(copy.deepcopy(cache)))
     one, two = (model(ids[:, :2], past_key_values=c).logits for c in (cache, branch))
     assert torch.equal(one, two)
     assert layer_applications(model).tolist() == ROUTE
-    assert units == LAYERS - 1
 
 
 @torch.no_grad()
@@ -96,11 +98,11 @@ def test_a_backbone_called_alone_decides_anew():
     seen = set()
     for seed in range(8):
         ids = padded_batch((12,), seed=seed)["input_ids"]
-        expected = model(ids)
+        expected = model(ids, use_cache=False)
         routes = layer_applications(model)
         seen.add(tuple(routes[0].tolist()))
-        model(padded_batch((5, 5), seed=seed)["input_ids"])
-        hidden = backbone(ids).last_hidden_state
+        model(padded_batch((5,), seed=seed + 50)["input_ids"], use_cache=False)
+        hidden = backbone(ids, use_cache=False).last_hidden_state
         assert torch.equal(layer_applications(model), routes)
         assert torch.equal(model.get_base_model().lm_head(hidden), expected.logits)
     assert len(seen) > 1
@@ -118,6 +120,24 @@ def test_a_failing_pass_leaves_no_trace():
     assert state.under_way is None
     assert not state.executing
     assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_an_interrupted_pass_is_forgotten():
+    model, ids = routed(), padded_batch((6,))["input_ids"]
+    backbone, other = model.get_base_model().model, padded_batch((12,), seed=5)["input_ids"]
+    expected, hidden = model(other, use_cache=False).logits, backbone(other, use_cache=False).last_hidden_state
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for again, wanted in ((model, expected), (backbone, hidden)):
+        # torch runs no closing hook here
+        handle = backbone.norm.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, use_cache=False)
+        handle.remove()
+        assert torch.equal(again(other, use_cache=False)[0], wanted)
 
 
 @torch.no_grad()
