@@ -19,10 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.parts import build_bank, build_router, sizes_of
+from moe_kit.adapters.step import DecodeStep
 from moe_kit.errors import RoutingError
 from moe_kit.hf.hooks import HookedRouting
 from moe_kit.hf.sharing import reads_encoder
-from moe_kit.routing.context import RoutingContext
+from moe_kit.routing.context import RoutingContext, SharedInput
 from moe_kit.routing.decision import Routing
 
 
@@ -49,6 +50,9 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.path = path
         # adapter -> the layer that holds the group's router; plain, so that it is neither saved nor moved twice
         self.owners: dict[str, RoutedLayer] = {}
+        self.sites: dict[str, str] = {}
+        # what the last forward of a few tokens looked up, for the first layer of a group
+        self.steps: dict[str, DecodeStep | None] = {}
         self.shares_any_input: dict[str, bool] = {}
         # adapter -> all linears that share its router and its input, this one included
         self.siblings: dict[str, list[RoutedLayer]] = {}
@@ -69,13 +73,14 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         sizes = sizes_of(config, self.path, self.width_in, self.width_out)
         self.moe_adapter_bank[adapter_name] = build_bank(config, sizes)
         self.owners[adapter_name] = owner or self
+        self.sites[adapter_name] = f"{(owner or self).path}.{adapter_name}"
         self.shares_any_input[adapter_name] = config.router_sharing in ("block", "model")
         siblings = [] if owner is None or config.router_sharing != "input" else owner.siblings[adapter_name]
         siblings.append(self)
         self.siblings[adapter_name] = siblings
         if owner is None:
             router = build_router(config, sizes)
-            router.site, router.group = f"{self.path}.{adapter_name}", adapter_name
+            router.site, router.group = self.sites[adapter_name], adapter_name
             self.state.carries |= getattr(router.scope, "outlives_forward", False)
             self.moe_adapter_router[adapter_name] = router
         elif owner.moe_adapter_router[adapter_name].num_experts != sizes.slots:
@@ -117,12 +122,13 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         """False: a routed mixture is no constant matrix."""
         return False
 
-    def routing(self, adapter_name: str, x: Tensor) -> Routing:
+    def routing(self, adapter_name: str, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """The decision for this layer's input, made once for all layers that share the router and the input.
 
         Args:
             adapter_name: adapter.
             x: float [..., D].
+            context: context of the pass for this layer's tokens; None = look it up.
 
         Returns:
             The routing of this pass.
@@ -130,34 +136,30 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         Raises:
             RoutingError: if a router shared by a block or the model has not decided yet.
         """
-        owner, context = self.owners[adapter_name], self._context(x)
+        context = self._context(x) if context is None else context
+        owner = self.owners[adapter_name]
         router = owner.moe_adapter_router[adapter_name]
+        site = router.site
         if self.shares_any_input[adapter_name]:
             if owner is self:
                 return router(self._rows(x, context), context)
-            if router.site not in context.routings:
+            if site not in context.routings:
                 raise RoutingError(f"{self.path} shares the router of {owner.path}, which has not run in this pass.")
-            return context.routings[router.site]
-        cached = context.shared.get(router.site)
-        # an encoder's output is the same tensor in recomputation, which must still decide anew: it saves what the
-        # first run saved; and what was computed without a graph is of no use to a sibling that needs one
-        mode = (context.is_open, torch.is_grad_enabled())
-        if cached is not None and cached[0]() is x and cached[3] == mode:
-            return cached[1]
+            return context.routings[site]
+        shared, mode = context.shared.get(site), (context.is_open, torch.is_grad_enabled())
+        if shared is not None and shared.serves(x, mode):
+            return shared.routing
         routing = router(self._rows(x, context), context)
-        context.shared[router.site] = (_reference(x), routing, {}, mode)
+        context.shared[site] = SharedInput(_reference(x), routing, mode)
         return routing
 
-    def _forget_spent(self, adapter_name: str, x: Tensor) -> None:
+    def _forget_spent(self, adapter_name: str, context: RoutingContext) -> None:
         """Outside a forward pass a decision serves each sibling once.
 
         There a second call with the same tensor is another recomputation, or a user who calls layers by hand and may
         have trained in between.
         """
-        context = self._context(x)
-        site = self.owners[adapter_name].moe_adapter_router[adapter_name].site
-        if context.is_open:
-            return
+        site = self.sites[adapter_name]
         spent = context.spent.setdefault(site, set())
         if self.path in spent:
             context.shared.pop(site, None)
@@ -197,6 +199,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         """
         super().delete_adapter(adapter_name)
         self.owners.pop(adapter_name, None)
+        self.sites.pop(adapter_name, None)
+        self.steps.pop(adapter_name, None)
         self.shares_any_input.pop(adapter_name, None)
         siblings = self.siblings.pop(adapter_name, [])
         if self in siblings:
@@ -213,57 +217,89 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         Returns:
             float [..., O] in the base output's dtype.
         """
-        active = [name for name in self.active_adapters if name in self.moe_adapter_bank]
-        if self._disable_adapters or not active:
+        banks = self.moe_adapter_bank
+        active = [] if self._disable_adapters else [name for name in self.active_adapters if name in banks]
+        if not active:
             return self.base_layer(x, *args, **kwargs)
-        for name in active:
-            self._forget_spent(name, x)
-        x_TD = x.reshape(-1, x.shape[-1])
+        context = self._context(x)
+        if not context.is_open:
+            for name in active:
+                self._forget_spent(name, context)
         if len(active) == 1 and not args and not kwargs:
-            fused = self._fused(active[0], x, x_TD)
+            step = self.steps.get(active[0])
+            if step is not None:
+                outputs = self._step(step, x, context)
+                if outputs is not None:
+                    return outputs
+            fused = self._fused(active[0], x, context)
             if fused is not None:
-                return fused.view(*x.shape[:-1], fused.shape[-1])
-        base = self.base_layer(x, *args, **kwargs)
+                return fused
+        base, x_TD = self.base_layer(x, *args, **kwargs), x.reshape(-1, x.shape[-1])
         out_TO = base.reshape(-1, base.shape[-1])
         for name in active:
-            routing = self.routing(name, x)
+            routing = self.routing(name, x, context)
             if routing.base_weight_T is not None:
                 out_TO = out_TO * routing.base_weight_T[:, None].to(out_TO.dtype)
-            out_TO = self.moe_adapter_bank[name](x_TD, routing, out_TO)
+            out_TO = banks[name](x_TD, routing, out_TO)
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
 
-    def _fused(self, name: str, x: Tensor, x_TD: Tensor) -> Tensor | None:
+    def _step(self, step: DecodeStep, x: Tensor, context: RoutingContext) -> Tensor | None:
+        """A token or two without a graph, where the group's tensors are known already."""
+        site = self.sites[step.name]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or site in context.shared:
+            return None
+        if not step.is_current(x):
+            self.steps.pop(step.name)
+            return None
+        routing = step.router(x, context)
+        results = step(x, routing)
+        if results is None or len(results) > 1:
+            outputs = {} if results is None else dict(zip(step.others, results[1:], strict=True))
+            context.shared[site] = SharedInput(_reference(x), routing, (context.is_open, False), outputs)
+        return None if results is None else results[0]
+
+    def _fused(self, name: str, x: Tensor, context: RoutingContext) -> Tensor | None:
         """Base and mixture in one operator, for plain frozen linears; siblings are computed along with the first."""
+        site = self.sites[name]
+        shared = context.shared.get(site)
+        done = None if shared is None else shared.outputs.pop(self.path, None)
         if not self._is_plain():
             return None
-        routing = self.routing(name, x)
+        if done is not None and shared.serves(x, (context.is_open, torch.is_grad_enabled())):
+            return done
+        routing = self.routing(name, x, context)
         if routing.base_weight_N is not None:
             return None
-        bank = self.moe_adapter_bank[name]
-        layers = [layer for layer in self.siblings[name] if layer is self or layer._joins(name, self)]
-        if len(layers) == 1:
-            return bank.linear(x_TD, self.base_layer.weight, self.base_layer.bias, routing)
-        outputs = self._context(x).shared[self.owners[name].moe_adapter_router[name].site][2]
-        if self.path in outputs:
-            return outputs.pop(self.path)
-        bases = [layer.base_layer for layer in layers]
-        banks = [layer.moe_adapter_bank[name] for layer in layers]
-        results = bank.linear_group(banks, x_TD, [b.weight for b in bases], [b.bias for b in bases], routing)
-        if results is None:
-            return bank.linear(x_TD, self.base_layer.weight, self.base_layer.bias, routing)
-        outputs.update({layer.path: result for layer, result in zip(layers, results, strict=True)})
-        return outputs.pop(self.path)
+        x_TD, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+        layers = [self, *(layer for layer in self.siblings[name] if layer is not self and layer._joins(name, self))]
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.shares_any_input[name]):
+            step = DecodeStep.of(layers, name, x, routing)
+            if step is not None:
+                self.steps[name] = step
+        if len(layers) > 1:
+            banks, bases = [layer.moe_adapter_bank[name] for layer in layers], [layer.base_layer for layer in layers]
+            results = banks[0].linear_group(banks, x_TD, [b.weight for b in bases], [b.bias for b in bases], routing)
+            if results is not None:
+                outputs = context.shared[site].outputs
+                for layer, result in zip(layers, results, strict=True):
+                    outputs[layer.path] = result.view(*shape, result.shape[-1])
+                return outputs.pop(self.path)
+        base = self.base_layer
+        result = self.moe_adapter_bank[name].linear(x_TD, base.weight, base.bias, routing)
+        return None if result is None else result.view(*shape, result.shape[-1])
 
     def _is_plain(self) -> bool:
         # hooks on the base layer must still fire, so a hooked one takes the plain path
-        base = self.base_layer
+        base = self._modules["base_layer"]
+        if type(base) is not nn.Linear:
+            return False
+        weight = base._parameters["weight"]
         return not (
-            type(base) is not nn.Linear
             # a quantised weight is a tensor of a class of its own, which only its linear knows how to multiply
-            or type(base.weight) is not nn.Parameter
+            type(weight) is not nn.Parameter
             or base._forward_hooks
             or base._forward_pre_hooks
-            or base.weight.requires_grad
+            or weight.requires_grad
             or "forward" in base.__dict__
         )
 

@@ -53,7 +53,8 @@ class LoRABank(Bank):
         # each expert as torch.nn.Linear starts: uniform with bound 1/sqrt(D)
         bound = 1 / math.sqrt(width_in)
         A_ELD = torch.empty(num_experts, rank, width_in).uniform_(-bound, bound)
-        B_EOL = torch.zeros(num_experts, width_out, rank)
+        # stored as [E, L, O]: the experts' B side by side, and their gradient, are views then
+        B_EOL = torch.zeros(num_experts, rank, width_out).transpose(1, 2)
         if frozen:
             self.register_buffer("A", A_ELD)
             self.register_buffer("B", B_EOL)
@@ -78,13 +79,8 @@ class LoRABank(Bank):
 
     def linear(self, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, routing: Routing) -> Tensor | None:
         """Frozen linear and experts in one operator; None with active dropout, which only the experts' input gets."""
-        from moe_kit_kernels.lora_linear import lora_linear
-
-        if self.dropout is not None and self.training:
-            return None
-        ids_TK, plan = (None, None) if routing.is_dense else (routing.expert_ids_TK, routing.plan)
-        weights_TK = routing.dense_TE() if routing.is_dense else routing.weights_TK
-        return lora_linear(x_TD, weight_OD, bias_O, self.A, self.B, ids_TK, weights_TK, plan=plan, scale=self.scale)
+        results = LoRABank.linear_group((self,), x_TD, (weight_OD,), (bias_O,), routing)
+        return None if results is None else results[0]
 
     @staticmethod
     def linear_group(
@@ -95,25 +91,21 @@ class LoRABank(Bank):
         routing: Routing,
     ) -> tuple[Tensor, ...] | None:
         """All linears in one operator; None unless all banks are LoRA of one scale without active dropout."""
-        from moe_kit_kernels.lora_linear import lora_linear_group
+        from moe_kit_kernels.lora_experts.dispatch import Decision, run_linears
 
-        first = banks[0]
+        scale = banks[0].scale
         for bank in banks:
-            if type(bank) is not LoRABank or bank.scale != first.scale or (bank.dropout is not None and bank.training):
+            if type(bank) is not LoRABank or bank.scale != scale or (bank.dropout is not None and bank.training):
                 return None
-        ids_TK, plan = (None, None) if routing.is_dense else (routing.expert_ids_TK, routing.plan)
-        weights_TK = routing.dense_TE() if routing.is_dense else routing.weights_TK
-        return lora_linear_group(
-            x_TD,
-            weights_OD,
-            biases_O,
-            [bank.A for bank in banks],
-            [bank.B for bank in banks],
-            ids_TK,
-            weights_TK,
-            plan=plan,
-            scale=first.scale,
-        )
+        if routing.is_dense:
+            decision = Decision(None, routing.dense_TE(), None)
+        else:
+            # a few tokens without a graph need no plan
+            plan = routing.plan if torch.is_grad_enabled() else None
+            decision = Decision(routing.expert_ids_TK, routing.weights_TK, plan)
+        A, B = [bank.A for bank in banks], [bank.B for bank in banks]
+        # the public `lora_linear_group` checks shapes that a bank and its linear are built with
+        return run_linears("lora_linear", "auto", decision, scale, x_TD, weights_OD, biases_O, A, B)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

@@ -8,6 +8,7 @@ Shapes: B batch rows, S sequence, T = B*S tokens, E experts, N decisions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,35 @@ from moe_kit.errors import RoutingError
 
 if TYPE_CHECKING:
     from moe_kit.routing.decision import Routing
+
+
+@dataclass(slots=True)
+class SharedInput:
+    """What layers that read one input have in common in a pass.
+
+    Attributes:
+        reference: gives the input, or None once it is gone.
+        routing: the decision about it.
+        mode: (whether the pass was open, whether there was a graph) when it was made.
+        outputs: outputs computed along with the first layer's, by module path; each is taken once.
+    """
+
+    reference: Callable[[], Tensor | None]
+    routing: Routing
+    mode: tuple[bool, bool]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def serves(self, x: Tensor, mode: tuple[bool, bool]) -> bool:
+        """Whether a layer with this input, in this mode, may read it.
+
+        An encoder's output is the same tensor in recomputation, which must still decide anew: it saves what the first
+        run saved. And what was computed without a graph is of no use to a layer that needs one.
+
+        Args:
+            x: the layer's input.
+            mode: as in the attributes.
+        """
+        return self.mode == mode and self.reference() is x
 
 
 @dataclass
@@ -39,8 +69,7 @@ class RoutingContext:
         forced_weights_BE: expert weights for every row at every site (`force_experts`).
         forced_sites: sites that obey the forced values; None = all.
         routings: site name -> the `Routing` made last in this pass.
-        shared: site name -> (reference to the input, its `Routing`, outputs computed along with the first sibling's by
-            module path, (whether the pass was open, whether there was a graph)): layers with the same input read it.
+        shared: site name -> what layers with the same input read.
         spent: site name -> module paths that have read its entry in `shared` since the pass ended.
         registered: every Routing registered in this pass, as (site, routing, router).
         carried: site name -> float32 logits [B, E] of decisions that outlive the prompt (sequence and request scope).
@@ -51,6 +80,7 @@ class RoutingContext:
         is_open: True while the forward runs; a recomputation during backward finds it False and registers nothing.
         closed_losses: unscaled auxiliary losses by name, filled when the forward ends.
         closed_terms: (router, name, unscaled loss), one for each loss of each group of routers, filled as well.
+        tokens: (rows, columns, device) -> what `tokens_of` gives, made once for all routers.
     """
 
     mask_BS: Tensor | None = None
@@ -66,7 +96,7 @@ class RoutingContext:
     forced_weights_BE: Tensor | None = None
     forced_sites: frozenset[str] | None = None
     routings: dict[str, Routing] = field(default_factory=dict)
-    shared: dict[str, tuple[Any, Routing, dict[str, Tensor], tuple[bool, bool]]] = field(default_factory=dict)
+    shared: dict[str, SharedInput] = field(default_factory=dict)
     spent: dict[str, set[str]] = field(default_factory=dict)
     registered: list[tuple[str, Routing, torch.nn.Module]] = field(default_factory=list)
     carried: dict[str, Tensor] | None = None
@@ -74,6 +104,20 @@ class RoutingContext:
     is_open: bool = True
     closed_losses: dict[str, Tensor] = field(default_factory=dict)
     closed_terms: list[tuple[Any, str, Tensor]] = field(default_factory=list)
+    # not taken over by `dataclasses.replace`: another view of a pass has other tokens
+    tokens: dict[tuple[int, int, torch.device], tuple[Tensor, int, Tensor | None]] = field(
+        default_factory=dict, init=False
+    )
+
+    @property
+    def is_free(self) -> bool:
+        """Nothing given from outside takes part in a choice: no prior, no replayed or forced experts."""
+        return (
+            self.prior_BE is None
+            and self.replay is None
+            and self.forced_ids_BK is None
+            and self.forced_weights_BE is None
+        )
 
     def mask_T(self, batch: int, length: int) -> Tensor | None:
         """Real tokens of an input with `batch` rows and `length` columns, flattened.
@@ -109,6 +153,24 @@ class RoutingContext:
         assert cropped is not None
         assert self.num_sequences is not None
         return cropped, self.num_sequences
+
+    def tokens_of(self, batch: int, length: int, device: torch.device) -> tuple[Tensor, int, Tensor | None]:
+        """Sequence of each token, number of sequences, and mask of each token.
+
+        Args:
+            batch: rows of the input.
+            length: columns of the input.
+            device: where the index lives.
+
+        Returns:
+            As `sequence_T` and `mask_T`; asked by every router, computed for the first.
+        """
+        found = self.tokens.get((batch, length, device))
+        if found is None:
+            found = (*self.sequence_T(batch, length, device), self.mask_T(batch, length))
+            if not torch.compiler.is_compiling():
+                self.tokens[batch, length, device] = found
+        return found
 
     def rows(self, value: Tensor, batch: int, name: str) -> Tensor:
         """Repeat a per-row value to `batch` rows: beams and returned sequences repeat each row.

@@ -70,6 +70,40 @@ class Routing:
                 "a Routing needs either ids and weights [N, K] or selected and weights [N, E], not both."
             )
 
+    @classmethod
+    def of_tokens(
+        cls,
+        num_experts: int,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        logits_TE: Tensor,
+        sequence_T: Tensor,
+        num_sequences: int,
+        mask_T: Tensor | None,
+    ) -> Routing:
+        """A sparse decision for each token; what a frozen dataclass's own start takes is seen at one token.
+
+        Args:
+            num_experts: E.
+            ids_TK: int64 [T, K].
+            weights_TK: float32 [T, K].
+            logits_TE: float32 [T, E].
+            sequence_T: int64 [T], sequence of each token.
+            num_sequences: number of sequences.
+            mask_T: bool [T], False for padding; None = all real.
+        """
+        routing = object.__new__(cls)
+        routing.__dict__.update(
+            num_experts=num_experts,
+            sparse_ids_NK=ids_TK,
+            sparse_weights_NK=weights_TK,
+            logits_NE=logits_TE,
+            sequence_N=sequence_T,
+            num_sequences=num_sequences,
+            mask_N=mask_T,
+        )
+        return routing
+
     @property
     def is_dense(self) -> bool:
         """True if stored as [N, E]; then K equals E."""

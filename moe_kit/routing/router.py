@@ -24,11 +24,11 @@ from moe_kit.routing.balance import BalanceLoss
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.decision import Routing
 from moe_kit.routing.schedule import FreezeSchedule
-from moe_kit.routing.scope import Decisions, Scope, pool_mean
-from moe_kit.routing.score import NoisyLogits
-from moe_kit.routing.select import Selection
+from moe_kit.routing.scope import Decisions, Scope, TokenScope, pool_mean
+from moe_kit.routing.score import LinearScore, NoisyLogits, is_plain_linear
+from moe_kit.routing.select import Selection, is_plain_top_k
 from moe_kit.routing.step import StepState
-from moe_kit.routing.weight import Weight
+from moe_kit.routing.weight import SelectedSoftmaxWeight, Weight
 
 
 class Router(nn.Module):
@@ -75,6 +75,9 @@ class Router(nn.Module):
         self.freeze = None
         if freeze_after is not None:
             self.freeze = FreezeSchedule(freeze_after, [score, select])
+        # the router that most methods have needs no parts one by one: product, choice and weights in one operator
+        plain = type(scope) is TokenScope and is_plain_linear(score) and is_plain_top_k(select)
+        self._fuses = plain and type(weight) is SelectedSoftmaxWeight and stepper is None and freeze_after is None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # logits, thresholds and balance biases stay float32 when a model is cast: bfloat16 loses a step of 1e-3
@@ -89,7 +92,8 @@ class Router(nn.Module):
     @property
     def is_policy(self) -> bool:
         """True if the choice is sampled and only a policy gradient trains this router."""
-        return hasattr(self.select, "log_prob")
+        # of the class: a missing attribute of a module costs microseconds
+        return hasattr(type(self.select), "log_prob")
 
     def coefficient(self, name: str) -> Tensor | float:
         """Coefficient of an auxiliary loss, as its schedule or controller has it now.
@@ -140,10 +144,13 @@ class Router(nn.Module):
             RoutingError: if the context does not fit the input, or replayed ids are out of range.
         """
         context = context or RoutingContext()
-        # a forward-only pass still needs the gradient of log Q with respect to the router itself
-        graph = torch.is_grad_enabled() or (context.policy_gradient and self.is_policy and self.training)
-        with torch.set_grad_enabled(graph):
-            return self._decide(x, context)
+        if self._fuses and x.dim() == 3 and context.is_free and not torch.compiler.is_compiling() and self._unhooked():
+            return self._register(self._gate(x, context), context)
+        if context.policy_gradient and self.training and self.is_policy:
+            # a forward-only pass still needs the gradient of log Q with respect to the router itself
+            with torch.enable_grad():
+                return self._decide(x, context)
+        return self._decide(x, context)
 
     def _decide(self, x: Tensor, context: RoutingContext) -> Routing:
         x_BSD = as_rows(x.detach() if self.detach_input else x, context)
@@ -168,6 +175,9 @@ class Router(nn.Module):
             routing = self._routing(logits_NE, selection, decisions)
         if noisy is not None:
             routing = replace(routing, chance_NE=noisy.chosen_probability(routing.expert_ids_NK.shape[1]))
+        return self._register(routing, context)
+
+    def _register(self, routing: Routing, context: RoutingContext) -> Routing:
         context.routings[self.site] = routing
         if context.is_open:
             context.registered.append((self.site, routing, self))
@@ -175,6 +185,35 @@ class Router(nn.Module):
                 for state in self._step_states:
                     state.observe(routing)
         return routing
+
+    def _unhooked(self) -> bool:
+        """Nobody listens to score or selection, or has wrapped the score (PEFT's `modules_to_save` does)."""
+        # from the dictionary: attribute lookup in a module is slow enough to be seen at one token
+        score, select = self._modules["score"], self._modules["select"]
+        return type(score) is LinearScore and not (
+            score._forward_hooks or score._forward_pre_hooks or select._forward_hooks or select._forward_pre_hooks
+        )
+
+    def _gate(self, x_BSD: Tensor, context: RoutingContext) -> Routing:
+        """The routing of a linear score for each token, top-k and a softmax over the chosen, by one operator."""
+        batch, length, width = x_BSD.shape
+        from moe_kit_kernels import topk_gate
+        from moe_kit_kernels.topk_gate.cpu import LinearGate, gate
+
+        score, k = self._modules["score"], self._modules["select"].k
+        x_ND, weight_ED = x_BSD.reshape(-1, width), score._parameters["weight"]
+        plain = x_ND.dtype is weight_ED.dtype is torch.float32 and x_ND.device.type == "cpu"
+        if not plain or torch.is_autocast_enabled("cpu"):
+            logits_NE = score(Decisions(x_ND))
+            ids_NK, weights_NK, _ = topk_gate(logits_NE, k)
+        elif torch.is_grad_enabled():
+            logits_NE, ids_NK, weights_NK = LinearGate.apply(x_ND, weight_ED, k)
+        else:
+            logits_NE = torch.nn.functional.linear(x_ND, weight_ED)
+            ids_NK, weights_NK = gate(logits_NE, k)
+        return Routing.of_tokens(
+            self.num_experts, ids_NK, weights_NK, logits_NE, *context.tokens_of(batch, length, x_ND.device)
+        )
 
     @property
     def _step_states(self) -> list[StepState]:

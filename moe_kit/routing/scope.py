@@ -77,13 +77,8 @@ class TokenScope:
             context: the pass.
         """
         batch, length, width = x_BSD.shape
-        sequence_T, count = context.sequence_T(batch, length, x_BSD.device)
-        return Decisions(
-            x_ND=x_BSD.reshape(-1, width),
-            sequence_N=sequence_T,
-            num_sequences=count,
-            mask_N=context.mask_T(batch, length),
-        )
+        sequence_T, count, mask_T = context.tokens_of(batch, length, x_BSD.device)
+        return Decisions(x_ND=x_BSD.reshape(-1, width), sequence_N=sequence_T, num_sequences=count, mask_N=mask_T)
 
 
 @dataclass(frozen=True)

@@ -42,15 +42,29 @@ class LinearScore(nn.Module):
 
     def forward(self, decisions: Decisions) -> Tensor:
         """Logits, float32 [N, E]."""
-        bias = None if self.bias is None else self.bias.float()
+        device = decisions.x_ND.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._logits(decisions.x_ND)
         # autocast would run this in half precision
-        with torch.autocast(decisions.x_ND.device.type, enabled=False):
-            x_ND = decisions.x_ND.float()
-            if self.jitter and self.training:
-                x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
-            if bias is None and not torch.compiler.is_compiling():
-                return _NarrowLinear.apply(x_ND, self.weight.float())
-            return F.linear(x_ND, self.weight.float(), bias)
+        with torch.autocast(device, enabled=False):
+            return self._logits(decisions.x_ND)
+
+    def _logits(self, x_ND: Tensor) -> Tensor:
+        x_ND, weight_ED = x_ND.float(), self.weight.float()
+        if self.jitter and self.training:
+            x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
+        if self.bias is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _NarrowLinear.apply(x_ND, weight_ED)
+        return F.linear(x_ND, weight_ED, None if self.bias is None else self.bias.float())
+
+
+def is_plain_linear(score: nn.Module) -> bool:
+    """Whether logits are `x W^T` and nothing else.
+
+    Args:
+        score: a score.
+    """
+    return type(score) is LinearScore and score.bias is None and not score.jitter
 
 
 class _NarrowLinear(torch.autograd.Function):

@@ -127,6 +127,15 @@ class SelectTopK(nn.Module):
         return Selection(ids_NK=ids_NK, scores_NE=noisy)
 
 
+def is_plain_top_k(select: nn.Module) -> bool:
+    """Whether the choice is the k highest scores and nothing else.
+
+    Args:
+        select: a selection.
+    """
+    return type(select) is SelectTopK and not (select.absolute or select.gumbel) and select.num_groups == 1
+
+
 class SelectSampleK(nn.Module):
     """Samples k experts without replacement in training, takes the k best in evaluation.
 

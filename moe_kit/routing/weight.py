@@ -63,6 +63,8 @@ class SelectedSoftmaxWeight:
             assert selection.ids_NK is not None
             total = logits_NE.gather(-1, selection.considered_NK).logsumexp(-1, keepdim=True)
             return at_selection((logits_NE - total).exp(), selection)
+        if selection.is_full and not torch.is_grad_enabled():
+            return logits_NE.gather(-1, selection.ids_NK).softmax(-1)
         if selection.is_full and not torch.compiler.is_compiling():
             from moe_kit_kernels.topk_gate.cpu import ChosenWeights
 

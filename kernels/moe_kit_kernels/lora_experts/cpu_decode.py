@@ -9,8 +9,11 @@ implementations.
 Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, mv
+from torch.nn.functional import linear
 
 from moe_kit_kernels.common.checks import fail
 
@@ -76,3 +79,49 @@ def decode(
     if overwrite and base_TO is not None and y_TO is not base_TO:
         return base_TO.copy_(y_TO)
     return y_TO.to(out_dtype)
+
+
+def decode_linears(
+    x_TD: Tensor,
+    weights_OD: Sequence[Tensor],
+    biases_O: Sequence[Tensor | None],
+    A: Sequence[Sequence[Tensor]],
+    B: Sequence[Sequence[Tensor]],
+    ids_TK: list[list[int]],
+    weights_TK: list[list[float]],
+    scale: float,
+) -> list[Tensor]:
+    """Compute n linear layers with their experts over one input, in one dtype, without gradients.
+
+    Args:
+        x_TD: [T, D] inputs, float32 or float64.
+        weights_OD: base weights [O_i, D].
+        biases_O: base biases [O_i] or None.
+        A: down projections [E, L_i, D], as stacks or as lists of experts.
+        B: up projections [E, O_i, L_i], as stacks or as lists of experts.
+        ids_TK: [T, K] ids as Python integers; -1 and ids >= E are empty slots.
+        weights_TK: [T, K] weights as Python floats.
+        scale: factor on the sums.
+
+    Returns:
+        n results [T, O_i].
+
+    Raises:
+        KernelError: an id below -1.
+    """
+    E = len(A[0])
+    for ids in ids_TK:
+        if min(ids, default=0) < -1:
+            raise fail("lora_linear", "an expert id", min(ids), "-1 or more", "Mark empty slots with -1")
+    rows = [
+        (x_D, [(e, w * scale) for e, w in zip(ids, weights) if 0 <= e < E])
+        for x_D, ids, weights in zip(x_TD.unbind(), ids_TK, weights_TK, strict=True)
+    ]
+    results = []
+    for weight_OD, bias_O, a_ELD, b_EOL in zip(weights_OD, biases_O, A, B):
+        y_TO = linear(x_TD, weight_OD, bias_O)
+        for y_O, (x_D, chosen) in zip(y_TO.unbind(), rows):
+            for e, factor in chosen:
+                y_O.addmv_(b_EOL[e], mv(a_ELD[e], x_D), alpha=factor)
+        results.append(y_TO)
+    return results

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kit_kernels.lora_experts import cpu
-from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
 from moe_kit_kernels.route_plan import RoutePlan
 
 
@@ -24,7 +23,7 @@ def fits(x_TD: Tensor, weights: Tensor, base: Tensor | None, A_ELD: Tensor, B_EO
     Args:
         x_TD: inputs.
         weights: weights of the pairs.
-        base: base result or base weight, or None.
+        base: base result or None.
         A_ELD: down projections.
         B_EOL: up projections.
 
@@ -85,47 +84,42 @@ def forward(
 
 
 class DenseLora(torch.autograd.Function):
-    """`apply(plan, scale, linear, overwrite, x_TD, weights, base, bias_O, A_ELD, B_EOL)` -> [T, O]."""
+    """`apply(plan, scale, overwrite, x_TD, weights, base_TO, A_ELD, B_EOL)` -> [T, O]."""
 
     @staticmethod
     def forward(
         ctx: Any,
         plan: RoutePlan | None,
         scale: float,
-        linear: bool,
         overwrite: bool,
         x_TD: Tensor,
         weights: Tensor,
-        base: Tensor | None,
-        bias_O: Tensor | None,
+        base_TO: Tensor | None,
         A_ELD: Tensor,
         B_EOL: Tensor,
     ) -> Tensor:
-        """Compute the base if asked to, and add the experts."""
+        """Add the experts to the base."""
         needs = ctx.needs_input_grad
-        base_TO = torch.nn.functional.linear(x_TD, base, bias_O) if linear else base
-        keep = needs[5] or needs[9]
-        y_TO, kept = forward(plan, scale, linear or overwrite, x_TD, weights, base_TO, A_ELD, B_EOL, keep)
-        if overwrite and base is not None:
-            ctx.mark_dirty(base)
-        ctx.plan, ctx.scale, ctx.linear = plan, scale, linear
-        ctx.frozen, trained = hold_frozen(base if linear else None, needs[4])
-        ctx.save_for_backward(x_TD, weights, trained, A_ELD, B_EOL, kept)
+        y_TO, kept = forward(plan, scale, overwrite, x_TD, weights, base_TO, A_ELD, B_EOL, needs[4] or needs[7])
+        if overwrite and base_TO is not None:
+            ctx.mark_dirty(base_TO)
+        ctx.plan, ctx.scale = plan, scale
+        ctx.save_for_backward(x_TD, weights, A_ELD, B_EOL, kept)
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TO: Tensor) -> Any:
         """Compute the gradients that are asked for."""
-        x_TD, weights, trained, A_ELD, B_EOL, kept = ctx.saved_tensors
+        x_TD, weights, A_ELD, B_EOL, kept = ctx.saved_tensors
         plan = ctx.plan
-        _, _, _, _, need_x, need_weights, need_base, need_bias, need_A, need_B = ctx.needs_input_grad
+        _, _, _, need_x, need_weights, need_base, need_A, need_B = ctx.needs_input_grad
         E, O, L = B_EOL.shape
         T = x_TD.shape[0]
         expand_EC = cpu.expansion(E, (L,), ctx.scale, x_TD.dtype, x_TD.device)
         table = weights if plan is None else plan.gates_TE1(weights)
         factors_TC = torch.mm(table, expand_EC if plan is not None else expand_EC[:-1])
-        dx = dweights = dbase = dbias = dA = dB = None
+        dx = dweights = dA = dB = None
         if need_x or need_weights or need_A:
             U_TC = torch.mm(dy_TO, B_EOL.permute(1, 0, 2).reshape(O, E * L))
         if kept is not None:
@@ -144,13 +138,5 @@ class DenseLora(torch.autograd.Function):
             if need_A:
                 dA = torch.mm(dH_TC.t(), x_TD).view(A_ELD.shape)
             if need_x:
-                A_CD = A_ELD.flatten(0, 1)
-                if ctx.linear:
-                    dx = torch.mm(dy_TO, take_weight(ctx.frozen, trained)).addmm_(dH_TC, A_CD)
-                else:
-                    dx = torch.mm(dH_TC, A_CD)
-        if need_base:
-            dbase = torch.mm(dy_TO.t(), x_TD) if ctx.linear else dy_TO
-        if need_bias:
-            dbias = dy_TO.sum(0)
-        return None, None, None, None, dx, dweights, dbase, dbias, dA, dB
+                dx = torch.mm(dH_TC, A_ELD.flatten(0, 1))
+        return None, None, None, dx, dweights, dy_TO if need_base else None, dA, dB

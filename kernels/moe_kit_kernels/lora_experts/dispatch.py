@@ -18,9 +18,9 @@ from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocas
 from moe_kit_kernels.common.checks import check_shape, fail
 from moe_kit_kernels.cost_model import LoraShape, choose_lora, device_of
 from moe_kit_kernels.grouped_mm.backend import interpreting, resolve_backend
-from moe_kit_kernels.lora_experts import cpu_single, ops  # noqa: F401 (ops registers the operators)
+from moe_kit_kernels.lora_experts import cpu_linears, cpu_single, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
-from moe_kit_kernels.lora_experts.cpu_decode import decode
+from moe_kit_kernels.lora_experts.cpu_decode import decode, decode_linears
 from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
 from moe_kit_kernels.lora_experts.reference import lora_experts_reference
 from moe_kit_kernels.route_plan import RoutePlan, route_plan
@@ -174,9 +174,7 @@ def run_experts(
         if cpu_single.fits(x_TD, weights, base_TO, A_ELD, B_EOL):
             if not training:
                 return cpu_single.forward(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL, False)[0]
-            return cpu_single.DenseLora.apply(
-                plan, scale, False, overwrite_base, x_TD, weights, base_TO, None, A_ELD, B_EOL
-            )
+            return cpu_single.DenseLora.apply(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL)
         group = Group(plan, scale, 1, linear=False, overwrite_base=overwrite_base)
         tensors = (base_TO, None, A_ELD, B_EOL)
         if not training:
@@ -253,7 +251,8 @@ def run_linears(
         resolve_backend(operator, "triton", x_TD.device)
         backend = "auto"
     everyone = decision.ids_TK is None and decision.plan is None
-    if torch.compiler.is_compiling() and backend != "reference":
+    compiling = torch.compiler.is_compiling()
+    if compiling and backend != "reference":
         # the compiler sees the base product; only the experts are opaque
         bases = [torch.nn.functional.linear(x_TD, w, bias) for w, bias in zip(weights_OD, biases_O, strict=True)]
         return tuple(
@@ -267,6 +266,11 @@ def run_linears(
         backend = (
             "dense" if everyone else _choose(T, pairs, E, rank, D, width, x_TD.element_size(), training, x_TD.device)
         )
+    if backend == "decode" and decision.ids_TK is not None and not compiling:
+        plain = not torch.is_grad_enabled() and not uses_triton(x_TD.device) and autocast_dtype(x_TD.device) is None
+        if plain and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
+            ids, weights = decision.ids_TK.tolist(), decision.weights.tolist()
+            return tuple(decode_linears(x_TD, weights_OD, biases_O, A, B, ids, weights, scale))
     if backend != "dense":
         # the base product stays the vendor's; the experts are added into it
         if decision.plan is None and not everyone and backend != "decode":
@@ -284,15 +288,17 @@ def run_linears(
 
         parts = zip(weights_OD, biases_O, A, B, strict=True)
         return tuple(TritonLora.apply("dense", plan, scale, True, x_TD, decision.weights, *part) for part in parts)
+    dtype = autocast_dtype(x_TD.device)
+    if dtype is None and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
+        if torch.is_grad_enabled():
+            return cpu_linears.DenseLinears.apply(plan, scale, x_TD, decision.weights, *weights_OD, *biases_O, *A, *B)
+        return cpu_linears.forward(plan, scale, x_TD, decision.weights, weights_OD, biases_O, A, B, False)[0]
     group = Group(plan, scale, len(A), linear=True)
     tensors = [*weights_OD, *biases_O, *A, *B]
-    dtype = autocast_dtype(x_TD.device)
     if dtype is not None:
         x_TD, *tensors = cast_all([x_TD, *tensors], dtype)
         with no_autocast(x_TD.device):
             return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)
-    if len(A) == 1 and cpu_single.fits(x_TD, decision.weights, weights_OD[0], A[0], B[0]):
-        return (cpu_single.DenseLora.apply(plan, scale, True, False, x_TD, decision.weights, *tensors),)
     if not torch.is_grad_enabled():
         return tuple(dense_forward(group, x_TD, decision.weights, tensors, keep=False)[0])
     return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)
@@ -364,6 +370,24 @@ def linear_fuses(plan: RoutePlan | None, A: Sequence[Tensor], autocast: torch.dt
     if plan is None or plan.slots is None or autocast is not None:
         return False
     return all(8 * a.shape[0] * a.shape[1] <= a.shape[2] for a in A)
+
+
+def chosen_form(x_TD: Tensor, pairs: int, experts: int, rank: int, width: int, *, training: bool) -> str:
+    """What "auto" runs for sizes.
+
+    Args:
+        x_TD: [T, D] inputs.
+        pairs: P.
+        experts: E.
+        rank: L.
+        width: O, of all projections together.
+        training: a gradient will be asked for.
+
+    Returns:
+        "dense", "sorted" or "decode".
+    """
+    (T, D), size = x_TD.shape, x_TD.element_size()
+    return _choose(T, pairs, experts, rank, D, width, size, training, x_TD.device)
 
 
 # at one token the model costs as much as a GEMM; the sizes repeat

@@ -34,9 +34,16 @@ def stable_topk(scores_TE: Tensor, k: int) -> Tensor:
     E = scores_TE.shape[1]
     if scores_TE.device.type == "cpu" and k < E and not torch.compiler.is_compiling():
         values, ids = scores_TE.topk(k + 1, dim=-1)
-        if not bool((values[:, 1:] == values[:, :-1]).any()):
+        if not _has_ties(values):
             return ids[:, :k].contiguous()
     return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+
+
+def _has_ties(values_TK: Tensor) -> bool:
+    """Whether neighbours in a row of sorted values are equal; a few rows are faster to look at in Python."""
+    if values_TK.numel() <= 32:
+        return any(len(set(row)) < len(row) for row in values_TK.tolist())
+    return bool((values_TK[:, 1:] == values_TK[:, :-1]).any())
 
 
 class ChosenWeights(torch.autograd.Function):
@@ -77,3 +84,61 @@ class ChosenWeights(torch.autograd.Function):
         else:
             d_TK = g_TK * s * (1 - s)
         return d_TK.new_zeros(ctx.shape).scatter_(1, ids_TK, d_TK), None, None, None, None
+
+
+def gate(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Choose the k best of each row and weigh them by the softmax of their logits; nothing for autograd.
+
+    Args:
+        logits_TE: [T, E] logits, float32 or float64.
+        k: K, at most E.
+
+    Returns:
+        Ids [T, K] best first, equal values to the lowest index, and weights [T, K] that sum to 1.
+    """
+    if logits_TE.numel() <= 64:
+        # a few rows: any two equal logits leave it to the sort
+        if all(len(set(row)) == len(row) for row in logits_TE.tolist()):
+            values, ids = logits_TE.topk(k)
+            return ids, values.softmax(-1)
+    elif k < logits_TE.shape[1]:
+        values, ids = logits_TE.topk(k + 1, dim=-1)
+        if not _has_ties(values):
+            return ids.narrow(1, 0, k), values.narrow(1, 0, k).softmax(-1)
+    ids_TK = stable_topk(logits_TE, k)
+    return ids_TK, logits_TE.gather(1, ids_TK).softmax(-1)
+
+
+class LinearGate(torch.autograd.Function):
+    """A linear router, its choice and its weights at one go: `apply(x_TD, weight_ED, k)` -> logits, ids, weights.
+
+    [T, E], [T, K] and [T, K] as from `gate`; both the logits (for balance losses) and the weights have a gradient:
+
+        dlogits += scatter of p * (dw - sum p dw),      dx = dlogits W,      dW = dlogits^T x
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, k: int) -> Any:
+        """Compute logits, ids and weights."""
+        logits_TE = torch.mm(x_TD, weight_ED.t())
+        ids_TK, weights_TK = gate(logits_TE, k)
+        ctx.save_for_backward(x_TD, weight_ED, ids_TK, weights_TK)
+        ctx.mark_non_differentiable(ids_TK)
+        ctx.set_materialize_grads(False)
+        return logits_TE, ids_TK, weights_TK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits_TE: Tensor | None, _dids: None, dw_TK: Tensor | None) -> Any:
+        """Compute the gradients of input and weight; the weight's as `g^T x`, which is much faster than `(x^T g)^T`."""
+        x_TD, weight_ED, ids_TK, p_TK = ctx.saved_tensors
+        if dw_TK is not None:
+            chosen_TK = p_TK * (dw_TK - (p_TK * dw_TK).sum(-1, keepdim=True))
+            zeros = x_TD.new_zeros(x_TD.shape[0], weight_ED.shape[0])
+            through_TE = zeros.scatter_(1, ids_TK, chosen_TK)
+            dlogits_TE = through_TE if dlogits_TE is None else through_TE.add_(dlogits_TE)
+        if dlogits_TE is None:
+            return None, None, None
+        need_x, need_weight, _ = ctx.needs_input_grad
+        dx_TD = torch.mm(dlogits_TE, weight_ED) if need_x else None
+        return dx_TD, torch.mm(dlogits_TE.t(), x_TD) if need_weight else None, None

@@ -1,0 +1,177 @@
+"""Frozen linears with their experts in one dtype: the straight line through the dense implementation.
+
+The same mathematics as `autograd.DenseLoraGroup` (see `cpu` for the equations) for what a training step calls most:
+n linear layers over one input under one routing, all float32 or float64, all experts of one rank. At some hundred
+tokens the general function's bookkeeping in Python costs as much as two of its GEMMs; here every line is one call.
+
+A bank that keeps B as [E, L, O] (a parameter of shape [E, O, L] with the strides of its transpose) is never copied:
+its B side by side, and the gradient of it, are views.
+
+Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = E*L columns of a projection, n projections.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_kit_kernels.lora_experts import cpu
+from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
+from moe_kit_kernels.route_plan import RoutePlan
+
+
+def fits(x_TD: Tensor, weights: Tensor, bases: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
+    """Tell whether the straight line serves a call.
+
+    Args:
+        x_TD: inputs.
+        weights: weights of the pairs.
+        bases: base weights.
+        A: down projections.
+        B: up projections.
+
+    Returns:
+        True when all have one dtype, float32 or float64, and the experts one rank.
+    """
+    dtype, rank = x_TD.dtype, A[0].shape[1]
+    if dtype not in (torch.float32, torch.float64) or weights.dtype != dtype:
+        return False
+    for w, a, b in zip(bases, A, B, strict=True):
+        if w.dtype != dtype or a.dtype != dtype or b.dtype != dtype or a.shape[1] != rank:
+            return False
+    return True
+
+
+def _joined(A: Sequence[Tensor]) -> Tensor:
+    """[n*C, D]: the A of all projections one below the other; no copy for one."""
+    return A[0].flatten(0, 1) if len(A) == 1 else torch.cat(A).flatten(0, 1)
+
+
+def _side_by_side(B_EOL: Tensor) -> Tensor:
+    """[O, C]: the experts' B side by side; a view of a bank that keeps B as [E, L, O]."""
+    E, O, L = B_EOL.shape
+    return B_EOL.permute(1, 0, 2).reshape(O, E * L)
+
+
+def _factors(plan: RoutePlan | None, weights: Tensor, expand_EC: Tensor) -> Tensor:
+    """[T, n*C] scale * weight, repeated over the rank."""
+    if plan is None:
+        return torch.mm(weights, expand_EC[:-1])
+    return torch.mm(plan.gates_TE1(weights), expand_EC)
+
+
+def forward(
+    plan: RoutePlan | None,
+    scale: float,
+    x_TD: Tensor,
+    weights: Tensor,
+    bases: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    keep: bool,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Compute the n results, and H of the chosen experts.
+
+    Args:
+        plan: the routing; None when every expert is chosen.
+        scale: factor on the sums.
+        x_TD: [T, D] inputs.
+        weights: [T, K], [P] or [T, E].
+        bases: base weights [O_i, D].
+        biases: base biases [O_i] or None.
+        A: down projections [E, L, D].
+        B: up projections [E, O_i, L].
+        keep: gather H for the backward.
+
+    Returns:
+        n results [T, O_i], and H [P * n, L] (or [T, n*C] when every expert is chosen) or None.
+    """
+    n, (E, L, _D) = len(A), A[0].shape
+    H_TC = torch.mm(x_TD, _joined(A).t())
+    expand_EC = cpu.expansion(E, (L,) * n, scale, x_TD.dtype, x_TD.device)
+    factors_TC = _factors(plan, weights, expand_EC)
+    kept = None
+    if keep:
+        kept = H_TC if plan is None else H_TC.view(-1, L).index_select(0, cpu.chosen_rows(plan, n))
+    G_TC = H_TC * factors_TC if kept is H_TC else H_TC.mul_(factors_TC)
+    parts = (G_TC,) if n == 1 else G_TC.split(E * L, dim=1)
+    results = []
+    for part_TC, base_OD, bias_O, b_EOL in zip(parts, bases, biases, B, strict=True):
+        y_TO = torch.nn.functional.linear(x_TD, base_OD, bias_O)
+        results.append(y_TO.addmm_(part_TC, _side_by_side(b_EOL).t()))
+    return tuple(results), kept
+
+
+class DenseLinears(torch.autograd.Function):
+    """`apply(plan, scale, x_TD, weights, *bases, *biases, *A, *B)` -> tuple of n results [T, O_i]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: RoutePlan | None, scale: float, x_TD: Tensor, weights: Tensor, *tensors: Tensor | None
+    ) -> Any:
+        """Compute the base products and add the experts."""
+        n = len(tensors) // 4
+        bases, biases, A, B = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
+        needs = ctx.needs_input_grad
+        # H is read by the gradients of the weights and of B only
+        keep = needs[3] or any(needs[4 + 3 * n :])
+        results, kept = forward(plan, scale, x_TD, weights, bases, biases, A, B, keep)
+        held = [hold_frozen(w, needs[2]) for w in bases]
+        ctx.plan, ctx.scale, ctx.frozen = plan, scale, [frozen for frozen, _ in held]
+        ctx.save_for_backward(x_TD, weights, kept, *A, *B, *(trained for _, trained in held))
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        """Compute the gradients that are asked for."""
+        x_TD, weights, kept, *saved = ctx.saved_tensors
+        n, plan, needs = len(dys), ctx.plan, ctx.needs_input_grad
+        A, B, trained = saved[:n], saved[n : 2 * n], saved[2 * n :]
+        need_x, need_weights = needs[2], needs[3]
+        need_base, need_bias = needs[4 : 4 + n], needs[4 + n : 4 + 2 * n]
+        need_A, need_B = any(needs[4 + 2 * n : 4 + 3 * n]), any(needs[4 + 3 * n :])
+        (T, D), (E, L, _) = x_TD.shape, A[0].shape
+        C = E * L
+        expand_EC = cpu.expansion(E, (L,) * n, ctx.scale, x_TD.dtype, x_TD.device)
+        factors_TC = _factors(plan, weights, expand_EC)
+        dx = dweights = None
+        dA: Sequence[Tensor | None] = (None,) * n
+        dB: list[Tensor | None] = [None] * n
+
+        if need_x or need_weights or need_A:
+            if n == 1:
+                U_TC = torch.mm(dys[0], _side_by_side(B[0]))
+            else:
+                U_TC = x_TD.new_empty(T, n * C)
+                for dy_TO, b_EOL, out in zip(dys, B, U_TC.split(C, dim=1), strict=True):
+                    torch.mm(dy_TO, _side_by_side(b_EOL), out=out)
+        if kept is not None:
+            H_TC = kept
+            if plan is not None:
+                # columns of experts that were not chosen stay 0
+                rows = kept.new_zeros(T * n * E, L)
+                H_TC = rows.index_copy_(0, cpu.chosen_rows(plan, n), kept).view(T, n * C)
+            if need_weights:
+                dweights = cpu.gate_gradient(U_TC, H_TC, expand_EC, plan, weights)
+            if need_B:
+                G_TC = H_TC * factors_TC if plan is None else H_TC.mul_(factors_TC)
+                for i, (dy_TO, part_TC) in enumerate(zip(dys, G_TC.split(C, dim=1), strict=True)):
+                    if needs[4 + 3 * n + i]:
+                        # a view in the layout of a bank that keeps B as [E, L, O]: autograd takes it without a copy
+                        dB[i] = torch.mm(part_TC.t(), dy_TO).view(E, L, -1).transpose(1, 2)
+        if need_x or need_A:
+            dH_TC = U_TC.mul_(factors_TC)
+            if need_A:
+                dA = torch.mm(dH_TC.t(), x_TD).view(n * E, L, D).split(E)
+            if need_x:
+                for dy_TO, frozen, weight in zip(dys, ctx.frozen, trained, strict=True):
+                    w_OD = take_weight(frozen, weight)
+                    dx = torch.mm(dy_TO, w_OD) if dx is None else dx.addmm_(dy_TO, w_OD)
+                dx.addmm_(dH_TC, _joined(A))
+        dbase = [dy_TO.t() @ x_TD if need else None for dy_TO, need in zip(dys, need_base, strict=True)]
+        dbias = [dy_TO.sum(0) if need else None for dy_TO, need in zip(dys, need_bias, strict=True)]
+        return None, None, dx, dweights, *dbase, *dbias, *dA, *dB

@@ -1,0 +1,129 @@
+"""`DecodeStep`: linears that share an input, for a token or two without gradients, looked up once and called many times.
+
+At one token the products of a small model cost less than finding out in Python what to multiply. A step remembers the
+tensors of a group of linears and checks by identity that they are still the same; anything unusual ends it, and the
+general path of `RoutedLayer` takes over.
+
+Shapes: T tokens, D width in, O width out, E experts, L rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_kit.experts.lora import LoRABank
+from moe_kit.routing.decision import Routing
+
+if TYPE_CHECKING:
+    from moe_kit.adapters.layer import RoutedLayer
+
+
+class DecodeStep:
+    """Frozen linears with LoRA banks of one adapter, over one input of a few tokens on the CPU.
+
+    Args:
+        layers: the linears that are computed together.
+        name: the adapter.
+        x_BSD: an input as the step will see it: float32 or float64 [B, S, D].
+    """
+
+    def __init__(self, layers: Sequence[RoutedLayer], name: str, x_BSD: Tensor) -> None:
+        self.name, self.others = name, [layer.path for layer in layers[1:]]
+        self.shape, self.dtype = x_BSD.shape, x_BSD.dtype
+        self.router = layers[0].owners[name].moe_adapter_router[name]
+        bases, banks = [layer.base_layer for layer in layers], [layer.moe_adapter_bank[name] for layer in layers]
+        self.scale = banks[0].scale
+        self.weights, self.biases = [base.weight for base in bases], [base.bias for base in bases]
+        self.A, self.B = [bank.A for bank in banks], [bank.B for bank in banks]
+        stores = [bank._parameters or bank._buffers for bank in banks]
+        self.parts = [
+            (layer._modules, base, base.weight, store, bank.A, bank.B, bank.A.data_ptr(), bank.B.data_ptr())
+            for layer, base, bank, store in zip(layers, bases, banks, stores, strict=True)
+        ]
+        # one view for each expert: to index a stack costs as much as to multiply by it
+        self.experts_A = [a.detach().unbind() for a in self.A]
+        self.experts_B = [b.detach().unbind() for b in self.B]
+
+    def __deepcopy__(self, memo: dict) -> None:
+        # a copied model looks things up anew
+        return None
+
+    def __reduce__(self) -> tuple:
+        return (type(None), ())
+
+    @staticmethod
+    def of(layers: Sequence[RoutedLayer], name: str, x: Tensor, routing: Routing) -> DecodeStep | None:
+        """The step for these linears, if they are fit for one.
+
+        Args:
+            layers: plain frozen linears that are computed together.
+            name: the adapter.
+            x: float [..., D], their input.
+            routing: a decision for it.
+
+        Returns:
+            A step, or None: another kind of bank, mixed dtypes, an accelerator, or too many tokens.
+        """
+        from moe_kit_kernels.lora_experts.dispatch import chosen_form
+
+        banks = [layer.moe_adapter_bank[name] for layer in layers]
+        if x.device.type != "cpu" or x.dim() != 3 or routing.is_dense:
+            return None
+        if any(type(bank) is not LoRABank or bank.dropout or bank.scale != banks[0].scale for bank in banks):
+            return None
+        step, x_TD = DecodeStep(layers, name, x), x.reshape(-1, x.shape[-1])
+        rank, width = max(a.shape[1] for a in step.A), sum(w.shape[0] for w in step.weights)
+        pairs, experts = routing.weights_TK.numel(), step.A[0].shape[0]
+        form = chosen_form(x_TD, pairs, experts, rank, width, training=False)
+        return step if form == "decode" and step.is_current(x) else None
+
+    def is_current(self, x: Tensor) -> bool:
+        """Whether the linears, their banks and the input are still what the step was made for.
+
+        Args:
+            x: float [..., D].
+        """
+        dtype = self.dtype
+        if x.shape != self.shape or x.dtype is not dtype or x.device.type != "cpu":
+            return False
+        for modules, base, weight, bank, a, b, address_a, address_b in self.parts:
+            # dictionaries, not attributes: a module looks its parts up in them after everything else has failed
+            if not (
+                modules["base_layer"] is base
+                and base._parameters["weight"] is weight
+                and weight.dtype is dtype
+                # the bank's own dictionary; a model that was moved or cast keeps its parameters, not what they hold
+                and bank["A"] is a
+                and bank["B"] is b
+                and a.data_ptr() == address_a
+                and b.data_ptr() == address_b
+                and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+            ):
+                return False
+        return not torch.is_autocast_enabled("cpu")
+
+    def __call__(self, x: Tensor, routing: Routing) -> list[Tensor] | None:
+        """Compute all linears with their experts.
+
+        Args:
+            x: float [B, S, D], for which `is_current` holds.
+            routing: the decision for it.
+
+        Returns:
+            One float [B, S, O] a linear, or None for a decision that needs the general path.
+        """
+        from moe_kit_kernels.lora_experts.cpu_decode import decode_linears
+
+        if routing.is_dense or routing.base_weight_N is not None:
+            return None
+        ids, weights = routing.expert_ids_TK.tolist(), routing.weights_TK.tolist()
+        batch, length, width = self.shape
+        x_TD = x.reshape(-1, width)
+        results = decode_linears(
+            x_TD, self.weights, self.biases, self.experts_A, self.experts_B, ids, weights, self.scale
+        )
+        return [result.view(batch, length, -1) for result in results]
