@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_kit.hf.checks import fitting_prompt
 from moe_kit.routing.context import RoutingContext
 
 IGNORED_LABEL = -100
@@ -191,13 +192,15 @@ def _prompt(
     """Tokens that a sequence-scope decision may read: given ones, else those before the first label, else all real."""
     mask_BS = context.mask_BS
     given = inputs.get("prompt_mask")
-    if given is not None and tuple(given.shape) == tuple(shape):
-        prompt = given.bool()
+    prompt = None if given is None else fitting_prompt(given, shape, arguments)
+    if prompt is not None:
         return prompt if mask_BS is None else prompt & mask_BS
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     length = inputs.get("prompt_length")
     if length is not None:
         length_B1 = torch.as_tensor(length, device=device).reshape(-1, 1)
+        if length_B1.shape[0] != 1:
+            length_B1 = context.rows(length_B1, int(shape[0]), "prompt_length")
         # a prompt is counted in real tokens, so left padding shifts it
         real = torch.ones(shape, dtype=torch.long, device=device) if mask_BS is None else mask_BS.long()
         prompt = (_within_sequence(real, context) <= length_B1).expand(shape)

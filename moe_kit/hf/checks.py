@@ -1,7 +1,8 @@
 """What a batch must be for a routing decision to make sense, told before any layer runs.
 
-A row without a real token has nothing to decide about: pooled decisions would be made from zeros, experts would be
-charged with padding, and labels on such a row would be learnt from nothing. Transformers lets it pass in silence.
+A row without a real token has nothing to decide about: pooled decisions would be made from zeros, and labels on such a
+row would be learnt from nothing. Transformers lets it pass in silence. The one place where such rows are in order is
+the first chunk of a left-padded prompt that is read in pieces, which only routers for single tokens may meet.
 
 Shapes: B rows, S sequence.
 """

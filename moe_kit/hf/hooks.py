@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_kit.hf.batch import IGNORED_LABEL, encoder_context, main_context, shifts_labels
+from moe_kit.hf.checks import check_rows
 from moe_kit.hf.delivery import check_policy, check_reentrant, deliver, strip_request, withdraw, zero_of_policy
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.joined import all_mean
@@ -32,6 +34,7 @@ from moe_kit.routing.state import ATTRIBUTE, ModelRouting
 from moe_kit.routing.step import track
 
 _HOOKS = "moe_routing_hooks"
+_CALL = nn.Module._call_impl.__code__
 
 
 class HookedRouting(ModelRouting):
@@ -46,6 +49,7 @@ class HookedRouting(ModelRouting):
         collected: what was kept.
         warned_no_loss: the user was told that auxiliary losses got lost.
         watches_policy: an optimizer's next step is checked for a gradient of sampled routers.
+        opened_eagerly: the present pass was opened outside a compiled graph, so its call can be found on the stack.
     """
 
     def __init__(self) -> None:
@@ -58,6 +62,7 @@ class HookedRouting(ModelRouting):
         self.collected: Tensor | None = None
         self.warned_no_loss = False
         self.watches_policy = False
+        self.opened_eagerly = False
 
     def __deepcopy__(self, memo: dict) -> HookedRouting:
         # contexts hold graph tensors, which cannot be copied; a copied model starts without one
@@ -164,10 +169,14 @@ def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
 
 
 def _start(state: HookedRouting, module: nn.Module, arguments: dict[str, Any]) -> None:
+    # a first chunk of a padded prompt looks like rows of padding too; token decisions about it do no harm
+    if arguments.get("past_key_values") is None or state.carries:
+        check_rows(arguments.get("attention_mask"))
     context = main_context(module, arguments, state.inputs)
     if state.carries:
         context.carried = _carried(module, arguments)
     state.open(context)
+    state.opened_eagerly = not torch.compiler.is_compiling()
     state.encoder_context = None
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         state.encoder_context = encoder_context(context, arguments)
@@ -175,9 +184,26 @@ def _start(state: HookedRouting, module: nn.Module, arguments: dict[str, Any]) -
 
 def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
-    if not state.context.is_open:
+    if not state.context.is_open or _abandoned(state, module):
         _start(state, module, named_arguments(module, args, kwargs))
         state.part, state.wants_aux_loss = module, False
+
+
+def _abandoned(state: HookedRouting, module: nn.Module) -> bool:
+    """Whether the pass that looks open has died: torch runs no closing hook after a KeyboardInterrupt.
+
+    A pass that is alive has its call on the stack, above that of its part.
+    """
+    if not state.opened_eagerly or torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CALL:
+            owner = frame.f_locals.get("self")
+            if owner is not module and owner.__dict__.get(ATTRIBUTE) is state:
+                return False
+        frame = frame.f_back
+    return True
 
 
 def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from moe_kit import RoutingError, routing_inputs, routing_losses
 from moe_kit.hf.batch import packed_sequences, predicts_next_token, real_tokens, shifts_labels
+from moe_kit.hf.checks import check_rows
 from moe_kit.hf.hooks import _HOOKS, attach, detach, loss_share
 from moe_kit.routing.state import ATTRIBUTE, require_routing_state
 from tests.conformance.common import routed
@@ -165,8 +166,34 @@ class TestMasks:
             model(**batch)
         assert torch.equal(context(model).prompt_mask_BS, batch["attention_mask"].bool())
 
-    def test_a_padding_only_row(self):
-        """It changes no other row, and nothing of it is NaN."""
+    def test_a_row_without_a_real_token_is_refused(self):
+        for scope in ("token", "sequence"):
+            model = routed(scope=scope)
+            for learning in (True, False):
+                batch = batch_of(rows=3)
+                batch["attention_mask"][1] = 0
+                with pytest.raises(RoutingError, match=r"rows \[1\] of the attention mask \[3, 6\] hold no real token"):
+                    model.train(learning)(**batch)
+            if scope == "sequence":
+                with pytest.raises(RoutingError, match=r"rows \[1\]"):
+                    model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2)
+            # the refused batch leaves nothing behind
+            batch["attention_mask"][1, -1] = 1
+            assert model(**batch).logits.isfinite().all()
+
+    def test_a_chunk_of_padding_is_no_row_of_padding(self):
+        """Left padding may fill a whole chunk of a prompt that is read in pieces."""
+        model = routed().eval()
+        batch = batch_of(rows=2)
+        del batch["labels"]
+        batch["attention_mask"][1, :4] = 0
+        greedy = dict(max_new_tokens=3, do_sample=False)
+        whole = model.generate(**batch, **greedy)
+        assert torch.equal(model.generate(**batch, **greedy, prefill_chunk_size=3), whole)
+
+    def test_where_nothing_is_checked_such_a_row_changes_no_other(self, monkeypatch):
+        """On an accelerator, which would have to be waited for: nothing of it is NaN."""
+        monkeypatch.setattr("moe_kit.hf.hooks.check_rows", lambda mask: None)
         for scope in ("token", "sequence"):
             model = routed(scope=scope).train()
             batch = batch_of(rows=2)
@@ -178,6 +205,91 @@ class TestMasks:
             assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
             alone = model(**{key: value[:1] for key, value in batch.items()})
             torch.testing.assert_close(out.logits[:1], alone.logits)
+
+    def test_only_the_cpu_is_asked(self):
+        check_rows(torch.zeros(2, 3, device="meta"))
+        check_rows(torch.zeros(2, 1, 3, 3))
+        check_rows(None)
+        with pytest.raises(RoutingError, match=r"rows \[0, 1, 2, 3, 4, 5, 6, 7\] and 2 more"):
+            check_rows(torch.zeros(10, 3, dtype=torch.long))
+
+    @pytest.mark.parametrize("shape", [(2, 5), (3, 6), (6,), (2, 6, 1), (2, 7)])
+    def test_a_prompt_mask_of_another_shape_is_refused(self, shape):
+        model = routed(scope="sequence")
+        with routing_inputs(model, prompt_mask=torch.ones(shape)), pytest.raises(RoutingError, match="prompt_mask has"):
+            model(**batch_of(rows=2))
+        with routing_inputs(model, prompt_length=[1, 2, 3]), pytest.raises(RoutingError, match="prompt_length has 3"):
+            model(**batch_of(rows=2))
+
+    def test_a_prompt_mask_serves_generation(self):
+        """It is read with the prompt, repeated for beams, and not missed while decoding."""
+        model = routed(scope="sequence").eval()
+        batch = batch_of(rows=2)
+        del batch["labels"]
+        prompt = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
+        states = []
+        handle = model.get_base_model().register_forward_hook(
+            lambda *_: states.append(context(model).prompt_mask_BS), prepend=True
+        )
+        with routing_inputs(model, prompt_mask=prompt):
+            model.generate(**batch, max_new_tokens=3, do_sample=False, num_beams=2)
+        handle.remove()
+        assert torch.equal(states[0], prompt.bool().repeat_interleave(2, 0))
+
+
+class Interrupted(nn.Module):
+    """Stands in for a layer's part and is interrupted from the keyboard."""
+
+    def forward(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+
+class TestInterruption:
+    """torch runs no closing hook after a KeyboardInterrupt, so the pass before looks open to the next one."""
+
+    def test_the_next_pass_of_the_whole_model(self):
+        model = routed(scope="sequence").eval()
+        batch = batch_of(rows=2)
+        expected = model(**batch).logits
+        layer = model.get_base_model().model.layers[1]
+        mlp, layer.mlp = layer.mlp, Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch_of(rows=3))
+        layer.mlp = mlp
+        assert torch.equal(model(**batch).logits, expected)
+        assert not context(model).is_open
+
+    def test_the_next_pass_of_a_part_alone(self):
+        """T5 runs its encoder on its own first when it generates."""
+        from tests.conformance.test_families import t5
+
+        model = routed(t5(), target_modules=["q", "v", "wo"], task_type="SEQ_2_SEQ_LM")
+        batch = {
+            "input_ids": batch_of(rows=2)["input_ids"],
+            "attention_mask": torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]]),
+        }
+        greedy = dict(max_new_tokens=3, do_sample=False)
+        expected = model.generate(**batch, **greedy)
+        block = model.get_base_model().decoder.block[-1].layer[-1]
+        original, block.forward = block.forward, Interrupted().forward
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=batch_of(rows=3)["input_ids"], labels=batch_of(rows=3)["labels"])
+        assert context(model).is_open, "if torch closes it one day, nothing needs to be told apart"
+        block.forward = original
+        model.get_base_model().encoder(**batch)
+        assert not context(model).is_open
+        assert torch.equal(context(model).mask_BS, batch["attention_mask"].bool())
+        assert torch.equal(model.generate(**batch, **greedy), expected)
+
+    def test_a_part_inside_a_living_pass_opens_nothing(self):
+        model = routed().eval()
+        opened = []
+        state = require_routing_state(model)
+        original = state.open
+        state.open = lambda context: opened.append(context) or original(context)
+        model(**batch_of(rows=2))
+        del state.open
+        assert len(opened) == 1
 
 
 class TestShare:
