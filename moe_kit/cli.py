@@ -32,6 +32,7 @@ examples
   moe-kit train quickstart --train.max_steps 50       any field of the recipe is an option
   moe-kit train my.yaml --adapter.settings.r 16       (moe-kit train my.yaml --help lists them)
   moe-kit train my.yaml --resume                      go on after an interruption
+  moe-kit train depth/first                           a layer router (moe-kit train --help lists what is shipped)
   moe-kit generate outputs/quickstart --prompt "State the final answer to the following arithmetic problem: 3 + 4 ="
 """
 
@@ -68,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MoeKitError as error:
         print(f"moe-kit {words[0]}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nmoe-kit {words[0]}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        # a run that can be resumed says how
+        print(f"\nmoe-kit {words[0]}: interrupted{f'. {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130
     return status or 0
 

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from moe_kit.errors import ConfigError
-from moe_kit.training.recipe import Recipe, load_recipe, recipe_from_dict
+from moe_kit.training.recipe import Recipe, load_recipe, recipe_from_dict, shipped_configs
 
 __all__ = ["parse_recipe", "quiet_libraries"]
 
@@ -117,9 +117,11 @@ def _free_mapping(values: dict[str, Any], option: str) -> tuple[dict[str, Any], 
 
 def _help(command: str, flags: dict[str, str]) -> str:
     """Explain a recipe command."""
+    shipped = [name for name in shipped_configs() if command == "train" or "/" not in name]
     lines = [
-        f"moe-kit {command} CONFIG [--key value ...]: CONFIG is a YAML recipe, the name of a shipped one (quickstart,"
-        " quickstart_remix, quickstart_lora, tiny), or a folder that `moe-kit train` wrote.",
+        f"moe-kit {command} CONFIG [--key value ...]: CONFIG is a YAML recipe, the name of a shipped one, or a folder that"
+        " `moe-kit train` wrote.",
+        f"shipped: {', '.join(shipped)}" + (" (depth/... train layer routers)" if command == "train" else ""),
         "",
         *(f"--{name}: {text}" for name, text in flags.items()),
         *([""] if flags else []),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from moe_kit.hf.saving import save_adapters
 from moe_kit.training.data import Example, load_examples
 from moe_kit.training.encoding import Collator, EncodedExamples, encode_prompt
 from moe_kit.training.models import load_model_and_tokenizer
-from moe_kit.training.recipe import DataConfig, ModelConfig, _build, find_config
+from moe_kit.training.recipe import DataConfig, ModelConfig, _build, find_config, is_layer_recipe, read_yaml
 from moe_kit.training.results import write_atomically
 
 __all__ = ["DepthRecipe", "PhaseConfig", "SearchSection", "load_depth_recipe", "search_layers", "train_layers"]
@@ -156,29 +157,41 @@ def load_depth_recipe(source: str | Path | dict, overrides: Sequence[str] = ()) 
     """
     import yaml
 
-    if isinstance(source, dict):
-        values = dict(source)
-    else:
-        path = Path(source)
-        path = path if path.is_file() else find_config("tiny").parent / f"{source}.yaml"
-        try:
-            values = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"cannot read the recipe {source}: {error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{source} is no valid YAML: {error}") from error
-    words = list(overrides)
+    values = deepcopy(source) if isinstance(source, dict) else read_yaml(find_config(source))
+    if not isinstance(source, dict) and not is_layer_recipe(values):
+        raise ConfigError(
+            f"{source} is no recipe for a layer router: it needs a top-level `preset`, as depth/first has."
+        )
+    words = [part for word in overrides for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-        raise ConfigError(f"options are {words}, expected pairs such as --search.questions 20.")
-    for key, value in zip(words[::2], words[1::2]):
-        *parents, leaf = key[2:].split(".")
-        place = values
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = yaml.safe_load(value)
+        raise ConfigError(f"options are {list(overrides)}, expected pairs such as --search.questions 20.")
+    for key, text in zip(words[::2], words[1::2]):
+        try:
+            _place(values, key, yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
     recipe = _build(DepthRecipe, values, "")
     recipe.validate()
     return recipe
+
+
+def _place(values: dict[str, Any], option: str, value: Any) -> None:
+    """Set `--a.b.0.c` in nested mappings and lists; mappings that are missing are made."""
+    names = option[2:].replace("-", "_").split(".")
+    place: Any = values
+    for depth, name in enumerate(names, start=1):
+        if isinstance(place, list):
+            if not name.isdigit() or int(name) >= len(place):
+                raise ConfigError(f"{option}: {name!r} is no place in a list of {len(place)}, numbered from 0")
+        elif not isinstance(place, dict):
+            raise ConfigError(f"{option}: {name!r} lies inside {place!r}, which is a single value")
+        key: Any = int(name) if isinstance(place, list) else name
+        if depth == len(names):
+            place[key] = value
+            return
+        if isinstance(place, dict) and place.get(key) is None:
+            place[key] = {}
+        place = place[key]
 
 
 @dataclass
@@ -212,7 +225,13 @@ def _prepare(recipe: DepthRecipe, train_examples: int) -> _Set:
     if recipe.base_adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, recipe.base_adapter).merge_and_unload()
+        try:
+            model = PeftModel.from_pretrained(model, recipe.base_adapter).merge_and_unload()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"cannot load the base_adapter {recipe.base_adapter!r} on {recipe.model.name}: {error}. Train it first "
+                "(moe-kit train quickstart_lora), or set base_adapter to another folder or to null."
+            ) from error
         model.peft_config = {}
         del model.peft_config
     torch.manual_seed(recipe.seed)

@@ -31,7 +31,9 @@ __all__ = [
     "TaskConfig",
     "TrainConfig",
     "find_config",
+    "is_layer_recipe",
     "load_recipe",
+    "read_yaml",
     "recipe_from_dict",
     "recipe_to_yaml",
     "shipped_configs",
@@ -318,7 +320,12 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     """
     import yaml
 
-    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, allow_unicode=True, width=120)
+    values = _plain(dataclasses.asdict(recipe))
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    if yaml.safe_load(text) == values:
+        return text
+    # PyYAML writes rare separators (U+0085) as they are and reads them as spaces; escapes survive
+    return yaml.safe_dump(values, sort_keys=False, width=120)
 
 
 def load_recipe(source: str | Path) -> Recipe:
@@ -333,21 +340,52 @@ def load_recipe(source: str | Path) -> Recipe:
     Raises:
         ConfigError: Nothing found under this name, the file is not YAML, or its content is not a recipe.
     """
-    import yaml
-
     path = find_config(source)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
+    values = read_yaml(path)
+    if is_layer_recipe(values):
         raise ConfigError(
-            f"{path}: got {type(values).__name__}, expected a mapping with keys model, adapter, data, ..."
+            f"{path} is a recipe for a layer router (it has a top-level `preset`), expected one with an `adapter` section."
+            " `moe-kit train` and `moe-kit search-layers` take it."
         )
     try:
         return recipe_from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the mapping in a YAML file.
+
+    Args:
+        path: An existing file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ConfigError: The file cannot be read, is not YAML, or holds something else than a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        got = "an empty file" if values is None else type(values).__name__
+        raise ConfigError(f"{path}: got {got}, expected a mapping with keys model, adapter, data, ...")
+    return values
+
+
+def is_layer_recipe(values: Mapping[str, Any]) -> bool:
+    """Whether the content of a recipe is about a layer router (`configs/depth/`), not about an adapter.
+
+    Args:
+        values: What `read_yaml` gave.
+    """
+    return "preset" in values and "adapter" not in values
 
 
 def find_config(source: str | Path) -> Path:
@@ -370,10 +408,12 @@ def find_config(source: str | Path) -> Path:
     shipped = shipped_configs()
     if str(source) in shipped:
         return shipped[str(source)]
-    near = difflib.get_close_matches(Path(source).stem, shipped, n=1)
+    near = difflib.get_close_matches(str(source).removesuffix(".yaml"), shipped, n=1)
+    near = near or difflib.get_close_matches(Path(source).stem, shipped, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    what = "a folder without recipe.yaml" if path.is_dir() else "no such file, no such shipped config"
     raise ConfigError(
-        f"config {str(source)!r}: no such file, no such shipped config, and no folder with recipe.yaml.{hint}"
+        f"config {str(source)!r}: {what}; expected a YAML file, a folder that `moe-kit train` wrote, or a shipped name.{hint}"
         f" Shipped: {', '.join(shipped) or 'none'}."
     )
 
@@ -382,11 +422,16 @@ def shipped_configs() -> dict[str, Path]:
     """List the recipes that come with the package.
 
     Returns:
-        Name -> path, sorted by name. In a checkout they live in `configs/` beside the package.
+        Name -> path, those for adapters first, those for layer routers as `depth/first`. In a checkout they live in `configs/`
+        beside the package.
     """
     package = Path(str(resources.files("moe_kit")))
     folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+    if folder is None:
+        return {}
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    # adapters first, in the order of their names
+    return dict(sorted(found.items(), key=lambda item: (item[0].count("/"), item[0])))
 
 
 def _build(kind: type, values: Any, where: str) -> Any:

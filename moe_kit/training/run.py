@@ -34,6 +34,7 @@ from moe_kit.hf.adapter_files import replacing
 from moe_kit.training.data import Example, ExampleSets, load_examples
 from moe_kit.training.encoding import Collator, EncodedExamples
 from moe_kit.training.guard import guarded, last_checkpoint
+from moe_kit.training.interrupt import interruptible
 from moe_kit.training.models import load_model_and_tokenizer, matmul_precision
 from moe_kit.training.progress import StepReporter, counting, stepping
 from moe_kit.training.recipe import AdapterConfig, Recipe, load_recipe, recipe_to_yaml
@@ -64,6 +65,8 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         ConfigError: The recipe cannot be carried out as written, or differs from the one being resumed.
         CheckpointError: Something cannot be saved.
         TrainingError: The loss is not finite.
+        KeyboardInterrupt: Interrupted; the message says how to go on. During training the step under way is finished and
+            saved first; a second interruption stops at once.
     """
     recipe.validate()
     stored_scores(recipe.eval.compare_row)
@@ -72,8 +75,11 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     folder = Path(recipe.output_dir)
     if first:
         _prepare_folder(recipe, folder, resume)
-    with matmul_precision(recipe.model.matmul_precision):
-        return _run(recipe, folder, console, resume, first)
+    try:
+        with matmul_precision(recipe.model.matmul_precision):
+            return _run(recipe, folder, console, resume, first)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(_how_to_go_on(folder)) from stop
 
 
 def _run(recipe: Recipe, folder: Path, console: Console, resume: bool, first: bool) -> Results:
@@ -134,6 +140,15 @@ def _run(recipe: Recipe, folder: Path, console: Console, resume: bool, first: bo
     return results
 
 
+def _how_to_go_on(folder: Path) -> str:
+    """Tell what an interrupted run left behind, and the command that takes it up."""
+    found = [last_checkpoint(folder / name) for name in (CHECKPOINTS, f"{CHECKPOINTS}-{LORA}")]
+    if not any(found):
+        return f"There is no checkpoint yet: `moe-kit train {folder}` starts over."
+    names = " and ".join(f"{path.parent.name}/{path.name}" for path in found if path)
+    return f"{folder} holds {names}: `moe-kit train {folder} --resume` goes on from there."
+
+
 def fit(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -186,9 +201,12 @@ def fit(
     if checkpoint:
         console.print(f"    resuming after step {start}")
     began = time.perf_counter()
-    with StepReporter(console, recipe.train.max_steps, "    training", start) as reporter:
+    with StepReporter(console, recipe.train.max_steps, "    training", start) as reporter, interruptible() as stopping:
         trainer.add_callback(stepping(reporter, lambda: trainer.tokens_seen))
+        trainer.add_callback(stopping)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stopping.asked:
+        raise KeyboardInterrupt
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,

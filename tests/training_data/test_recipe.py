@@ -23,7 +23,7 @@ def build(**sections):
     return recipe_from_dict({**SOURCE, **sections})
 
 
-@pytest.mark.parametrize("name", sorted(shipped_configs()))
+@pytest.mark.parametrize("name", sorted(name for name in shipped_configs() if "/" not in name))
 def test_shipped_configs_load_and_survive_a_round_trip(name):
     recipe = load_recipe(name)
     assert recipe_from_dict(yaml.safe_load(recipe_to_yaml(recipe))) == recipe
