@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moe_kit.depth.config import EXECUTE
+from moe_kit.depth.config import APPROXIMATE, EXECUTE, REPEAT, SKIP, LayerRoutingConfig
 from moe_kit.depth.execute import Plan
 from moe_kit.errors import RoutingError
 
@@ -127,3 +127,39 @@ def repeat_rows(value: list[int], batch: int) -> list[int]:
             "each batch row (a batch that is a multiple repeats each row, for beams)."
         )
     return [entry for entry in value for _ in range(batch // rows)]
+
+
+def check_record(
+    record: Mapping[str, Tensor], adapter: str, units: Mapping[int, DepthUnit], config: LayerRoutingConfig
+) -> None:
+    """Refuse a record of another model before it is obeyed in part.
+
+    Args:
+        record: site -> ids, of any kind of router.
+        adapter: the active layer routers.
+        units: their units.
+        config: their configuration.
+
+    Raises:
+        RoutingError: if it holds layer routes but not those of exactly these units, or values that are no action here.
+    """
+    routes = {site for site in record if ".depth." in site}
+    wanted = {unit.site(adapter) for unit in units.values() if not unit.leaders[adapter]}
+    if not routes:
+        return
+    if routes != wanted:
+        strange, missing = sorted(routes - wanted), sorted(wanted - routes)
+        raise RoutingError(
+            f"the replayed record is of another model or adapter: it has {len(routes)} layer routes, this model "
+            f"{len(wanted)} units; not here: {strange[:3]}, not recorded: {missing[:3]}. Record with the same layer routers."
+        )
+    known = [SKIP, EXECUTE, APPROXIMATE]
+    if config.units == "layer" and config.scope == "sequence":
+        known.append(REPEAT)
+    for site in routes:
+        found = set(record[site].unique().tolist())
+        if found - set(known):
+            raise RoutingError(
+                f"the replayed record holds actions {sorted(found)} at {site}, which can only do {sorted(known)} "
+                "(0 skip, 1 execute, 2 repeat, 3 approximate)."
+            )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, SKIP, LayerRoutingConfig
 from moe_kit.depth.losses import LOSSES, Trace
-from moe_kit.depth.route import Route, repeat_rows
+from moe_kit.depth.route import Route, check_record, repeat_rows
 from moe_kit.depth.routers import window_matrix
 from moe_kit.errors import RoutingError
 from moe_kit.hf.cache import CarriedDecisions, ensure_carrier
@@ -73,6 +73,7 @@ class DepthState:
         self._used: tuple[str, Route, torch.device] | None = None
         self.decided_now = False
         self._forced_columns: tuple[Any, list[list[int]]] = (None, [])
+        self._checked: Any = None
 
     def __deepcopy__(self, memo: dict) -> DepthState:
         fresh = DepthState(copy.deepcopy(self.routing, memo), self.num_layers, self.anchors)
@@ -160,7 +161,10 @@ class DepthState:
 
     def _continue(self, batch: int) -> None:
         """Check once, not at every unit, that the pass may go on with its request, and note what just executes."""
-        adapter = self._active()
+        adapter, replay = self._active(), self.routing.context.replay
+        if adapter is not None and replay is not None and replay is not self._checked:
+            check_record(replay, adapter, self.units[adapter], self.configs[adapter])
+            self._checked = replay
         route = None if adapter is None else self._find(adapter, self.carrier)
         if adapter is None or route is None:
             return

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from moe_kit import CheckpointError, ConfigError, load_adapters
-from moe_kit.training.depth import load_depth_recipe, search_layers, train_layers
+from moe_kit.training.depth import load_depth_recipe, run_depth, search_layers, train_layers
 from moe_kit.training.models import load_model_and_tokenizer
 from moe_kit.training.recipe import shipped_configs
 
@@ -45,12 +45,18 @@ def test_shipped_recipes_run_on_the_tiny_model(name, tmp_path):
         stats = search_layers(recipe)
         assert stats["questions"] == 6
         assert stats["kept"] > 0
-    results = train_layers(recipe)
+    results = run_depth(recipe)
     assert results["held_out"]["mean"]["nats_per_token"] > 0
     assert 0 < results["held_out"]["mean"]["layers"] <= 8
+    assert 0 <= results["held_out"]["mean"]["exact"] <= 1
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     model, _ = load_model_and_tokenizer("tiny")
     assert "depth" in load_adapters(model, tmp_path / "out")
+
+
+def test_finished_recipes_take_no_options(tmp_path):
+    with pytest.raises(ConfigError, match="with a finished recipe"):
+        run_depth(shrunk("random", tmp_path), ["--seed", "1"])
 
 
 def test_exact_scorer_searches_whole_answers(tmp_path):

@@ -141,6 +141,28 @@ def test_an_interrupted_pass_is_forgotten():
 
 
 @torch.no_grad()
+def test_a_record_of_another_model_is_refused():
+    model, ids = routed(), padded_batch((6,))["input_ids"]
+    with record_routing(model) as record:
+        model(ids)
+    fewer, sub_layers = routed(layers=[1, 2]), routed("informed")
+    for other in (fewer, sub_layers):
+        with record_routing(other) as strange:
+            other(ids)
+        for target, wrong in ((model, strange), (other, record)):
+            with pytest.raises(RoutingError, match="of another model"), replay_routing(target, dict(wrong)):
+                target(ids)
+    damaged = {site: torch.full_like(actions, 7) for site, actions in record.items()}
+    with pytest.raises(RoutingError, match=r"actions \[7\]"), replay_routing(model, damaged):
+        model(ids)
+    with record_routing(sub_layers) as record:
+        sub_layers(ids)
+    twice = {site: torch.full_like(actions, 2) for site, actions in record.items()}
+    with pytest.raises(RoutingError, match=r"actions \[2\]"), replay_routing(sub_layers, twice):
+        sub_layers(ids)
+
+
+@torch.no_grad()
 def test_a_forced_table_is_the_callers_no_more():
     model, ids = routed(), padded_batch((6,))["input_ids"]
     table = torch.tensor(ROUTE)
