@@ -1,18 +1,22 @@
 """What layer routers save, in FLOPs and on the clock, on SmolLM2-135M; and quality against compute.
 
     python -m bench.depth bars [--rounds 15] [--only sequence execute token search] [--json FILE]
-    python -m bench.depth compare --folder DIR [--seeds 0 1] [--steps 100] [--methods dense first ...]
+    python -m bench.depth compare --folder DIR [--seeds 0 1] [--steps 40] [--methods dense first ...]
     python -m bench.depth plot --folder DIR
+
+The comparison is in `bench/depth_compare.py`.
 
 Sequence scope: with d, r, z the cost of the plain model, of one with a share s of the routable layers skipped, and of
 one with all of them skipped, (d - r) / (s (d - z)) is the share of the possible saving that is realised; 1 is ideal.
-All sides of a figure run once a round in rotating order, and figures are medians of per-round ratios.
+The plain model is one without any hook or router, whose parameters are the routed model's own: two copies in memory can
+differ in time by more than a router costs. All sides of a figure run once a round in rotating order, and figures are medians of per-round ratios.
 Outputs are checked before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import platform
@@ -23,17 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from bench import paired
+from bench.depth_compare import METHODS, Comparison, compare, plot
 from moe_kit.depth import LayerRoutingConfig, force_layers
 from moe_kit.depth.routers import evenly_spaced
 
-PREFILL, DECODE = 256, 16
+PREFILL, DECODE = 256, 8
 
 
 def base_model(layers: int | None = None) -> nn.Module:
@@ -106,22 +110,18 @@ class Routes:
                 layer.crop(-DECODE)
 
 
-class Off:
-    """The model with its router switched off: the same weights, since two copies of a model in memory can differ in
-    time by more than a router costs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.model.disable_adapter():
-            return self.model(*args, **kwargs)
+def plain_and_routed() -> tuple[nn.Module, nn.Module]:
+    """The plain model, and a fresh `dr_llm` router on a copy of its modules with the same parameters."""
+    plain = base_model()
+    shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
+    routed = get_peft_model(copy.deepcopy(plain, shared), LayerRoutingConfig.from_preset("dr_llm")).eval()
+    assert routed.get_base_model().lm_head.weight is plain.lm_head.weight
+    return plain, routed
 
 
 def sequence_bars(rounds: int) -> list[dict[str, Any]]:
     """Realised share of the possible saving, for prefill and decode, batch 1 and 4, skip shares 1/4 and 1/2."""
-    routed = get_peft_model(base_model(), LayerRoutingConfig.from_preset("dr_llm")).eval()
-    plain = Off(routed)
+    plain, routed = plain_and_routed()
     routable = list(range(1, 30))
     rows = []
     for batch in (1, 4):
@@ -164,8 +164,7 @@ def sequence_bars(rounds: int) -> list[dict[str, Any]]:
 
 def execute_bars(rounds: int) -> list[dict[str, Any]]:
     """Overhead of a fresh router, which executes everything, with its decision at prefill included."""
-    routed = get_peft_model(base_model(), LayerRoutingConfig.from_preset("dr_llm")).eval()
-    plain = Off(routed)
+    plain, routed = plain_and_routed()
     rows = []
     for batch in (1, 4):
         ids = torch.randint(0, 49152, (batch, PREFILL), generator=torch.Generator().manual_seed(1))
@@ -266,145 +265,6 @@ def search_bars(rounds: int) -> list[dict[str, Any]]:
     return [row]
 
 
-TASKS = ("chain_sum", "needle_haystack", "number_sequence", "word_sequence_reversal")
-METHODS = ("dense", "dense_lora", "static", "importance", "random", "dr_llm", "first", "informed", "flexi")
-
-
-def method_recipe(method: str, folder: Path, steps: int, seed: int, questions: int) -> Any:
-    """Recipe of a method on the fine-tuned base, all with the same number of training steps a phase."""
-    from moe_kit.training.depth import load_depth_recipe
-
-    name = {"dense": "random", "dense_lora": "first", "importance": "static"}.get(method, method)
-    recipe = yaml.safe_load((Path(__file__).parent.parent / "configs" / "depth" / f"{name}.yaml").read_text())
-    recipe.update(base_adapter=str(folder / "base"), output_dir=str(folder / f"{method}-{seed}"), seed=seed)
-    recipe["data"]["eval_examples"] = questions
-    if method == "dense":
-        recipe["settings"] = {"budget": 0.0}
-    if method == "dense_lora":
-        # the LoRA of FiRST's second phase, without any router before it
-        recipe["phases"] = recipe["phases"][1:]
-    if method == "static":
-        recipe["phases"] = []
-    for phase in recipe.get("phases", []):
-        phase["batch_size"] = 8
-        if phase["kind"] != "importance":
-            phase["settings"] = {**phase["settings"], "steps": steps, "warmup_steps": steps // 10}
-    recipe["search"] = {
-        "output": str(folder / "labels.jsonl"),
-        "questions": questions,
-        "scorer": "likelihood",
-        "settings": {"simulations": 20, "correct": 0.5},
-    }
-    return load_depth_recipe(recipe)
-
-
-def fine_tuned_base(folder: Path, steps: int) -> None:
-    """Fine-tune the base model on the tasks once, as a LoRA adapter that every method merges first."""
-    if (folder / "base" / "adapter_config.json").exists():
-        return
-    from peft import LoraConfig
-
-    from moe_kit.depth.fit import FitConfig, fit_others
-    from moe_kit.training.data import load_examples
-    from moe_kit.training.depth import _Set, load_depth_recipe
-    from moe_kit.training.models import load_model_and_tokenizer
-
-    recipe = load_depth_recipe("depth/random", ["--base_adapter", "null"])
-    model, tokenizer = load_model_and_tokenizer(recipe.model.name)
-    sets = load_examples(recipe.data, train_examples=steps * 8)
-    wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    work = _Set(wrapped, tokenizer, list(sets.train), list(sets.held_out), sets.scorers, recipe)
-    settings = FitConfig(steps=steps, learning_rate=1e-3, warmup_steps=steps // 10)
-    fit_others(wrapped, work.batches(8), settings, adapters=["default"], on_step=_show("base"))
-    wrapped.save_pretrained(str(folder / "base"))
-
-
-def _show(what: str) -> Callable[[int, float], None]:
-    return lambda step, loss: None if step % 10 else print(f"{what} {step}: {loss:.4f}", flush=True)
-
-
-def compare(folder: Path, methods: Sequence[str], seeds: Sequence[int], steps: int, questions: int) -> None:
-    """Train and evaluate every method and seed that has no row yet; a row is written as soon as it is known."""
-    from moe_kit.depth.steer import set_budget
-    from moe_kit.hf.saving import load_adapters
-    from moe_kit.training.depth import _prepare, evaluate_layers, search_layers, train_layers
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rows_file = folder / "rows.jsonl"
-    known = {(row["method"], row["seed"], row["budget"]) for row in read_rows(rows_file)}
-    fine_tuned_base(folder, 2 * steps)
-    for method in methods:
-        for seed in seeds:
-            recipe = method_recipe(method, folder, steps, seed, questions)
-            budgets = {"dr_llm": (0.0, -0.3, -0.5), "first": (0.5, 0.7), "informed": (0.5, 0.7), "flexi": (0.5, 0.7)}
-            rates = (0.1, 0.25) if method in ("static", "importance", "random") else (None,)
-            wanted = [b for b in budgets.get(method, rates) if (method, seed, b) not in known]
-            if not wanted:
-                continue
-            if any(phase.kind == "supervised" for phase in recipe.phases):
-                search_layers(recipe)
-            if not (Path(recipe.output_dir) / "results.json").exists():
-                train_layers(recipe, on_step=lambda kind, step, loss, m=method: _show(f"{m} {kind}")(step, loss))
-            work = _prepare(dataclasses.replace(recipe, lora=None), 64)
-            work.model.delete_adapter("depth")
-            load_adapters(work.model, recipe.output_dir)
-            for budget in wanted:
-                if budget is not None and method != "importance":
-                    set_budget(work.model, budget)
-                elif method == "importance" and budget != 0.25:
-                    continue
-                start = time.perf_counter()
-                result = evaluate_layers(work.model, work.tokenizer, work.held_out, recipe)
-                row = dict(
-                    method=method,
-                    seed=seed,
-                    budget=budget,
-                    steps=steps,
-                    layers=round(result["mean"]["layers"], 3),
-                    nats_per_token=round(result["mean"]["nats_per_token"], 4),
-                    tasks={task: round(result[task]["nats_per_token"], 4) for task in TASKS},
-                    seconds=round(time.perf_counter() - start, 1),
-                )
-                with rows_file.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a comparison, a torn last line left out."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def plot(folder: Path) -> Path:
-    """Draw quality over compute: answer loss against mean layers applied, and the front of what nothing beats."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_rows(folder / "rows.jsonl")
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = sorted((row["layers"], row["nats_per_token"]) for row in rows if row["method"] == method)
-        axes.plot(*zip(*mine), "o-", label=method, markersize=4, linewidth=0.8)
-    front, best = [], float("inf")
-    for layers, loss in sorted((row["layers"], row["nats_per_token"]) for row in rows):
-        if loss < best:
-            front.append((layers, loss))
-            best = loss
-    axes.step(*zip(*front), where="post", color="black", linewidth=1, linestyle=":", label="front")
-    axes.set_xlabel("layers applied, mean over prompts (of 30)")
-    axes.set_ylabel("loss of the right answer, nats a token")
-    axes.set_yscale("log")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(folder / "quality_over_compute.png", dpi=150)
-    return folder / "quality_over_compute.png"
-
-
 BARS = {"sequence": sequence_bars, "execute": execute_bars, "token": token_bars, "search": search_bars}
 
 
@@ -417,11 +277,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bars.add_argument("--only", nargs="*", choices=list(BARS), default=list(BARS))
     bars.add_argument("--json", type=Path)
     comparison = commands.add_parser("compare")
-    comparison.add_argument("--folder", type=Path, required=True)
-    comparison.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    comparison.add_argument("--seeds", nargs="*", type=int, default=[0])
-    comparison.add_argument("--steps", type=int, default=100)
-    comparison.add_argument("--questions", type=int, default=50)
+    for setting in dataclasses.fields(Comparison):
+        if setting.name == "folder":
+            comparison.add_argument("--folder", type=Path, required=True)
+        elif isinstance(setting.default, tuple):
+            kind, choices = (str, METHODS) if setting.name == "methods" else (int, None)
+            comparison.add_argument(f"--{setting.name}", nargs="*", type=kind, choices=choices, default=setting.default)
+        else:
+            name = setting.name.replace("_", "-")
+            comparison.add_argument(f"--{name}", type=type(setting.default), default=setting.default)
     picture = commands.add_parser("plot")
     picture.add_argument("--folder", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -430,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(plot(options.folder))
         return
     if options.command == "compare":
-        compare(options.folder, options.methods, options.seeds, options.steps, options.questions)
+        compare(Comparison(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Comparison)}))
         return
     setting = dict(torch=torch.__version__, threads=2, machine=platform.processor() or platform.machine())
     print(json.dumps(setting), flush=True)

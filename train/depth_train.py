@@ -11,7 +11,7 @@ import json
 import sys
 
 from moe_kit.errors import MoeKitError
-from moe_kit.training.depth import load_depth_recipe, train_layers
+from moe_kit.training.depth import run_depth
 
 
 def main(arguments: list[str]) -> int:
@@ -20,9 +20,10 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 2
     try:
-        recipe = load_depth_recipe(arguments[0], arguments[1:])
-        results = train_layers(
-            recipe, on_step=lambda kind, step, loss: step % 10 or print(f"{kind} {step}: {loss:.4f}", flush=True)
+        results = run_depth(
+            arguments[0],
+            arguments[1:],
+            on_step=lambda kind, step, loss: step % 10 or print(f"{kind} {step}: {loss:.4f}", flush=True),
         )
     except MoeKitError as error:
         print(f"depth_train: {error}", file=sys.stderr)

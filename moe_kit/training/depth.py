@@ -38,7 +38,18 @@ from moe_kit.training.models import load_model_and_tokenizer
 from moe_kit.training.recipe import DataConfig, ModelConfig, _build, find_config, is_layer_recipe, read_yaml
 from moe_kit.training.results import write_atomically
 
-__all__ = ["DepthRecipe", "PhaseConfig", "SearchSection", "load_depth_recipe", "search_layers", "train_layers"]
+__all__ = [
+    "DepthRecipe",
+    "PhaseConfig",
+    "SearchSection",
+    "evaluate_layers",
+    "example_batches",
+    "load_depth_recipe",
+    "open_recipe",
+    "run_depth",
+    "search_layers",
+    "train_layers",
+]
 
 DEPTH, LORA = "depth", "lora"
 _KINDS = ("supervised", "end_to_end", "forecasters", "policy", "lora", "importance")
@@ -195,8 +206,17 @@ def _place(values: dict[str, Any], option: str, value: Any) -> None:
 
 
 @dataclass
-class _Set:
-    """A model with its router, and encoded examples."""
+class OpenRecipe:
+    """A model with its router, and examples.
+
+    Attributes:
+        model: native model; the router is its adapter `depth`, a LoRA beside it `lora`.
+        tokenizer: its tokenizer.
+        train: training examples.
+        held_out: examples of the evaluation.
+        scorers: task -> scorer.
+        recipe: the recipe.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -207,20 +227,51 @@ class _Set:
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """Endless batches of training examples, in an order that the seed fixes."""
-        rows = EncodedExamples(self.train, self.tokenizer, self.recipe.data)
-        collate = Collator(pad_token_id=self.tokenizer.pad_token_id, answer_logits_only=False)
-        generator = torch.Generator().manual_seed(self.recipe.seed)
-        while True:
-            order = torch.randperm(len(rows), generator=generator).tolist()
-            for start in range(0, len(order) - size + 1, size):
-                yield _inputs(collate([rows[index] for index in order[start : start + size]]))
+        return example_batches(self.train, self.tokenizer, self.recipe, size)
+
+
+def example_batches(
+    examples: Sequence[Example], tokenizer: Any, recipe: DepthRecipe, size: int
+) -> Iterator[dict[str, Tensor]]:
+    """Endless batches of examples, in an order that the recipe's seed fixes.
+
+    Args:
+        examples: at least `size` that are not too long.
+        tokenizer: the model's tokenizer.
+        recipe: for its data section and its seed.
+        size: examples in a batch.
+
+    Yields:
+        `input_ids`, `attention_mask`, `labels`.
+
+    Raises:
+        ConfigError: if there are fewer examples than a batch needs.
+    """
+    rows = EncodedExamples(examples, tokenizer, recipe.data)
+    if len(rows) < size:
+        raise ConfigError(f"{len(rows)} examples are left for batches of {size}: give more, or a smaller batch_size.")
+    collate = Collator(pad_token_id=tokenizer.pad_token_id, answer_logits_only=False)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    while True:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for start in range(0, len(order) - size + 1, size):
+            yield _inputs(collate([rows[index] for index in order[start : start + size]]))
 
 
 def _inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
 
-def _prepare(recipe: DepthRecipe, train_examples: int) -> _Set:
+def open_recipe(recipe: DepthRecipe, train_examples: int) -> OpenRecipe:
+    """Load the model of a recipe, merge its base adapter, add its router, and load its examples.
+
+    Args:
+        recipe: the recipe.
+        train_examples: training examples to load.
+
+    Returns:
+        All that the phases need.
+    """
     model, tokenizer = load_model_and_tokenizer(recipe.model.name, dtype=recipe.model.dtype)
     if recipe.base_adapter is not None:
         from peft import PeftModel
@@ -242,7 +293,7 @@ def _prepare(recipe: DepthRecipe, train_examples: int) -> _Set:
         model.add_adapter(LoraConfig(**recipe.lora), LORA)
         model.set_adapter([DEPTH, LORA])
     sets = load_examples(recipe.data, train_examples=train_examples)
-    return _Set(model, tokenizer, list(sets.train), list(sets.held_out), sets.scorers, recipe)
+    return OpenRecipe(model, tokenizer, list(sets.train), list(sets.held_out), sets.scorers, recipe)
 
 
 def search_layers(
@@ -266,7 +317,7 @@ def search_layers(
         raise ConfigError(
             f"search-layers needs a preset that routes whole layers per sequence; {recipe.preset!r} does not."
         )
-    work = _prepare(recipe, recipe.search.questions)
+    work = open_recipe(recipe, recipe.search.questions)
     state = find_depth_state(work.model)
     examples = work.train[: recipe.search.questions]
     settings = dict(recipe.search.settings)
@@ -292,7 +343,7 @@ def search_layers(
     return statistics(labels, state.num_layers)
 
 
-def _likelihood(work: _Set, examples: Sequence[Example]) -> Callable:
+def _likelihood(work: OpenRecipe, examples: Sequence[Example]) -> Callable:
     """Geometric mean probability of the right answer's tokens."""
     rows = EncodedExamples(examples, work.tokenizer, work.recipe.data)
     if len(rows) != len(examples):
@@ -315,7 +366,7 @@ def _likelihood(work: _Set, examples: Sequence[Example]) -> Callable:
     return evaluate
 
 
-def _exact(work: _Set, examples: Sequence[Example]) -> Callable:
+def _exact(work: OpenRecipe, examples: Sequence[Example]) -> Callable:
     """The task's own scorer on a greedy answer."""
     from moe_kit.evaluation.scores import score_one
 
@@ -344,6 +395,32 @@ def _exact(work: _Set, examples: Sequence[Example]) -> Callable:
     return evaluate
 
 
+def run_depth(
+    config: DepthRecipe | str | Path | dict,
+    overrides: Sequence[str] = (),
+    *,
+    on_step: Callable[[str, int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Read a recipe and train it: what a command line calls.
+
+    Args:
+        config: a recipe, a YAML file, the name of a shipped one (`depth/first`), or its content as a dict.
+        overrides: words such as `--seed 1`, for a file, a name or a dict.
+        on_step: called with the phase's kind, the step and its loss.
+
+    Returns:
+        What `results.json` in the recipe's `output_dir` holds.
+
+    Raises:
+        ConfigError: if the recipe cannot be read, or a key or value is wrong.
+        CheckpointError: if it needs searched labels and there are none.
+    """
+    if isinstance(config, DepthRecipe) and overrides:
+        raise ConfigError(f"options {list(overrides)} were given with a finished recipe: give the file or its content.")
+    recipe = config if isinstance(config, DepthRecipe) else load_depth_recipe(config, overrides)
+    return train_layers(recipe, on_step=on_step)
+
+
 def train_layers(recipe: DepthRecipe, *, on_step: Callable[[str, int, float], None] | None = None) -> dict[str, Any]:
     """Run the phases of a recipe, evaluate on held-out examples, save adapters and results.
 
@@ -358,7 +435,7 @@ def train_layers(recipe: DepthRecipe, *, on_step: Callable[[str, int, float], No
         CheckpointError: if `supervised` finds no labels; `moe-kit search-layers` makes them.
     """
     need = max([_settings(FitConfig, p.settings, "").steps * p.batch_size for p in recipe.phases], default=64)
-    work = _prepare(recipe, max(need, recipe.search.questions))
+    work = open_recipe(recipe, max(need, recipe.search.questions))
     results: dict[str, Any] = {"preset": recipe.preset, "seed": recipe.seed, "phases": []}
     for phase in recipe.phases:
 
@@ -377,7 +454,7 @@ def train_layers(recipe: DepthRecipe, *, on_step: Callable[[str, int, float], No
     return results
 
 
-def _run_phase(work: _Set, phase: PhaseConfig, step: Callable[[int, float], None]) -> list[float]:
+def _run_phase(work: OpenRecipe, phase: PhaseConfig, step: Callable[[int, float], None]) -> list[float]:
     config = _settings(FitConfig, phase.settings, "phases.settings")
     batches = work.batches(phase.batch_size)
     if phase.kind == "supervised":
@@ -391,7 +468,7 @@ def _run_phase(work: _Set, phase: PhaseConfig, step: Callable[[int, float], None
     return loops[phase.kind](work.model, batches, config, on_step=step)
 
 
-def _supervised(work: _Set, phase: PhaseConfig, config: FitConfig, step: Callable) -> list[float]:
+def _supervised(work: OpenRecipe, phase: PhaseConfig, config: FitConfig, step: Callable) -> list[float]:
     labels = {label["id"]: label["actions"] for label in read_labels(work.recipe.search.output)}
     examples = [example for example in work.train if example.example_id in labels]
     if not examples:
@@ -419,7 +496,7 @@ def _prompts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": batch["input_ids"], "attention_mask": prompt_BS.long()}
 
 
-def _skip_least_important(work: _Set, batches: list[dict[str, Tensor]]) -> None:
+def _skip_least_important(work: OpenRecipe, batches: list[dict[str, Tensor]]) -> None:
     state = find_depth_state(work.model)
     config, units = state.configs[DEPTH], state.units[DEPTH]
     influence = layer_importance(work.model, batches)
@@ -442,12 +519,13 @@ def evaluate_layers(
         recipe: for the data section and the batch size.
 
     Returns:
-        Task -> `nats_per_token`, `layers` (mean applications of all layers), `count`; and `mean` of both over tasks.
+        Task -> `nats_per_token`, `exact` (share of examples whose every answer token is the most likely one, which is
+        what greedy decoding would answer), `layers` (mean applications of all layers), `count`; and `mean` over tasks.
     """
     rows = EncodedExamples(examples, tokenizer, recipe.data)
     tasks = {example.example_id: example.task for example in examples}
     collate = Collator(pad_token_id=tokenizer.pad_token_id, answer_logits_only=False)
-    found: dict[str, list[tuple[float, int, float]]] = {}
+    found: dict[str, list[tuple[float, int, float, bool]]] = {}
     model.eval()
     for start in range(0, len(rows), recipe.eval_batch_size):
         batch = collate([rows[index] for index in range(start, min(start + recipe.eval_batch_size, len(rows)))])
@@ -459,17 +537,19 @@ def evaluate_layers(
         )
         layers_B = layer_applications(model).float().sum(1)
         counts_B = (labels_BS != -100).sum(1)
-        for name, loss, count, layers in zip(
-            batch["example_ids"], loss_BS.sum(1).tolist(), counts_B.tolist(), layers_B.tolist()
+        exact_B = ((logits_BSV.argmax(-1) == labels_BS) | (labels_BS == -100)).all(1)
+        for name, *values in zip(
+            batch["example_ids"], loss_BS.sum(1).tolist(), counts_B.tolist(), layers_B.tolist(), exact_B.tolist()
         ):
-            found.setdefault(tasks[name], []).append((loss, count, layers))
+            found.setdefault(tasks[name], []).append(tuple(values))
     out: dict[str, Any] = {}
     for task, values in found.items():
         out[task] = {
             "nats_per_token": sum(v[0] for v in values) / max(1, sum(v[1] for v in values)),
+            "exact": sum(v[3] for v in values) / len(values),
             "layers": sum(v[2] for v in values) / len(values),
             "count": len(values),
         }
-    keys = ("nats_per_token", "layers")
+    keys = ("nats_per_token", "exact", "layers")
     out["mean"] = {key: sum(out[task][key] for task in found) / len(found) for key in keys}
     return out
