@@ -68,6 +68,10 @@ class RoutedAdapterConfig(PeftConfig):
     losses: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Coefficients of auxiliary losses by name, such as {'switch': 0.01}."}
     )
+    loss_options: dict[str, dict[str, Any]] = field(
+        default_factory=dict,
+        metadata={"help": "Further arguments of losses by name, such as {'cv_typed': {'delta': 0.2}}."},
+    )
     balance_scope: str = field(
         default="micro",
         metadata={

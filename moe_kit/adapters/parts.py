@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -21,7 +21,7 @@ from moe_kit.experts.lora import LoRABank
 from moe_kit.experts.rank_one import RankOneBank
 from moe_kit.experts.shared_a import SharedABank
 from moe_kit.experts.split_head import SplitHeadBank
-from moe_kit.routing.balance import LOSSES, ReLUSparsityLoss
+from moe_kit.routing.balance import LOSSES, BalanceLoss, ReLUSparsityLoss
 from moe_kit.routing.capacity import SelectCapacity
 from moe_kit.routing.expert_choice import SelectEMAThreshold, SelectExpertChoice
 from moe_kit.routing.loss_free import LossFreeBias
@@ -46,6 +46,7 @@ from moe_kit.routing.threshold import (
     SelectTopP,
     SparsityController,
 )
+from moe_kit.routing.typed_balance import TypedCVLoss
 from moe_kit.routing.weight import (
     ConstantWeight,
     CountScaledSoftmaxWeight,
@@ -233,8 +234,7 @@ def build_router(config: RoutedAdapterConfig, sizes: Sizes) -> Router:
     Raises:
         ConfigError: if the configuration names an unknown part or option.
     """
-    known = {**LOSSES, "relu_l1": ReLUSparsityLoss(config.top_k)}
-    losses = {name: (coefficient, _named(known, "losses", name)) for name, coefficient in config.losses.items()}
+    losses = {name: (coefficient, _loss(config, name)) for name, coefficient in config.losses.items()}
     stepper = None if config.stepper is None else _build(STEPPERS, "stepper", config.stepper, config, sizes)
     return Router(
         sizes.slots,
@@ -247,6 +247,20 @@ def build_router(config: RoutedAdapterConfig, sizes: Sizes) -> Router:
         stepper=stepper,
         freeze_after=config.router_freeze_after,
     )
+
+
+def _loss(config: RoutedAdapterConfig, name: str) -> BalanceLoss:
+    known = {**LOSSES, "relu_l1": ReLUSparsityLoss(config.top_k), "cv_typed": TypedCVLoss()}
+    loss: Any = _named(known, "losses", name)
+    for other in config.loss_options:
+        if other not in config.losses:
+            raise ConfigError(f"loss_options has {other!r}, which is not among the losses {sorted(config.losses)}.")
+    if name not in config.loss_options:
+        return loss
+    try:
+        return replace(loss, **config.loss_options[name])
+    except TypeError as error:
+        raise ConfigError(f"loss_options do not fit the loss {name!r}: {error}.") from error
 
 
 def _matched(patterns: dict[str, int], path: str, default: int) -> int:

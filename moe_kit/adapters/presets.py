@@ -67,7 +67,8 @@ PRESETS: dict[str, Preset] = {
         fields={"select": "sample_k", "weight": "remix", "scale": 1.0, "detach_router_input": True, "use_rslora": True},
     ),
     "dense_lora_moe": Preset(
-        summary="every expert, softmax weights, importance kept even (LoRAMoE without its data types)",
+        # with data of two types: losses={"cv_typed": 1e-2} and routing_inputs(model, task_types=...)
+        summary="every expert, softmax weights, importance kept even (LoRAMoE; its two data types by losses='cv_typed')",
         source="arXiv 2312.09979",
         fields={"select": "all", "weight": "softmax", "losses": {"cv_importance": 1e-2}, "num_experts": 6},
     ),

@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class RoutingStack:
         weights_GNE: float32 [G, N, E], differentiable.
         real_N: float32 [N], 1 for real decisions, 0 for padding.
         chance_GNE: float32 [G, N, E], probability of being chosen under the router's own noise; None without noise.
+        sequence_N: int64 [N], sequence of each decision; None = the decision's own index.
+        num_sequences: number of sequences; None = N.
+        task_types: 0 or 1 for each sequence, or one for all, as `routing_inputs` got it; None = not given.
     """
 
     logits_GNE: Tensor
@@ -39,6 +42,9 @@ class RoutingStack:
     weights_GNE: Tensor
     real_N: Tensor
     chance_GNE: Tensor | None = None
+    sequence_N: Tensor | None = None
+    num_sequences: int | None = None
+    task_types: Any = None
 
     @property
     def count(self) -> Tensor:
@@ -50,6 +56,10 @@ class RoutingStack:
         real = self.real_N.view(1, -1, *([1] * (value_GNE.dim() - 2)))
         # where, not a product: padding may carry inf or NaN
         return torch.where(real > 0, value_GNE, 0.0).sum(1) / self.count
+
+    def total(self, local: Tensor) -> Tensor:
+        """A sum over this batch, seen as a sum over the batch that is balanced (see `joined`)."""
+        return local
 
 
 class BalanceLoss(Protocol):
@@ -202,14 +212,15 @@ LOSSES: dict[str, BalanceLoss] = {
     "maximise_mean_entropy": EntropyLoss("mean", -1),
     "z": ZLoss(),
 }
-"""Losses by the name used in a configuration; `relu_l1` is built with its k."""
+"""Losses by the name used in a configuration; `relu_l1` is built with its k, `cv_typed` is in `typed_balance`."""
 
 
-def stack_routings(routings: Sequence[Routing]) -> list[RoutingStack]:
+def stack_routings(routings: Sequence[Routing], task_types: Any = None) -> list[RoutingStack]:
     """Stack routings of equal shape and mask.
 
     Args:
         routings: decisions with logits; those without (forced) are left out.
+        task_types: for `typed_balance.TypedCVLoss`.
 
     Returns:
         One stack for each distinct shape and mask.
@@ -223,10 +234,10 @@ def stack_routings(routings: Sequence[Routing]) -> list[RoutingStack]:
             groups[(*routing.logits_NE.shape, slots, routing.is_dense, noisy, mask, routing.logits_NE.device)].append(
                 routing
             )
-    return [_stack(group) for group in groups.values()]
+    return [_stack(group, task_types) for group in groups.values()]
 
 
-def _stack(group: list[Routing]) -> RoutingStack:
+def _stack(group: list[Routing], task_types: Any) -> RoutingStack:
     logits_GNE = torch.stack([routing.logits_NE for routing in group])
     first = group[0]
     if first.is_dense:
@@ -241,7 +252,7 @@ def _stack(group: list[Routing]) -> RoutingStack:
         weights = slot_weights.new_zeros(shape).scatter_add(-1, slots_GNK, slot_weights)[..., : first.num_experts]
     real_N = logits_GNE.new_ones(logits_GNE.shape[1]) if first.mask_N is None else first.mask_N.float()
     chance = None if first.chance_NE is None else torch.stack([routing.chance_NE for routing in group])
-    return RoutingStack(logits_GNE, chosen, weights, real_N, chance)
+    return RoutingStack(logits_GNE, chosen, weights, real_N, chance, first.sequence_N, first.num_sequences, task_types)
 
 
 def mean_loss(loss: BalanceLoss, stacks: Sequence[RoutingStack]) -> Tensor:

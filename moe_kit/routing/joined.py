@@ -37,6 +37,10 @@ class JoinedStack(RoutingStack):
         real = self.real_N.view(1, -1, *([1] * (value_GNE.dim() - 2)))
         return all_sum(torch.where(real > 0, value_GNE, 0.0).sum(1)) / self.count
 
+    def total(self, local: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return all_sum(local)
+
 
 def joined(stack: RoutingStack) -> RoutingStack:
     """The same routings seen as a part of the joined batch.

@@ -107,7 +107,8 @@ def auxiliary_losses(
     for (_, name), (router, loss, routings) in wanted.items():
         key = tuple(id(routing) for routing in routings)
         if key not in stacks:
-            stacks[key] = [joined(stack) if across else stack for stack in stack_routings(routings)]
+            types = context.scalars.get("task_types") if context.scalars else None
+            stacks[key] = [joined(stack) if across else stack for stack in stack_routings(routings, types)]
         terms.append((router, name, mean_loss(loss, stacks[key])))
         by_name[name].append((len(routings), terms[-1][2]))
     losses = {}
@@ -156,7 +157,8 @@ def routing_inputs(
         prior: float [B, E], added to every router's logits.
         prompt_length: tokens of the prompt, an int for all rows or int [B]; sequence-scope decisions read only these.
         prompt_mask: bool [B, S], the same as a mask; it wins over `prompt_length`.
-        **scalars: named values per row (mask_ratio, step), float or tensor [B].
+        **scalars: named values per row (mask_ratio, step), float or tensor [B]. `task_types`, 0 or 1 for each row or
+            one for all, is what the loss 'cv_typed' balances by.
 
     Raises:
         RoutingError: if the model has no moe_kit routers.

@@ -1,17 +1,20 @@
 """Auxiliary losses: their value when balanced, formulas, gradients by finite differences, padding."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from moe_kit.errors import ConfigError
+from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.routing import Router, RoutingContext
 from moe_kit.routing.balance import LOSSES, ReLUSparsityLoss, mean_loss, stack_routings
 from moe_kit.routing.scope import Decisions, TokenScope
 from moe_kit.routing.score import LinearScore, NoisyLinearScore
 from moe_kit.routing.select import SelectAll, SelectTopK
 from moe_kit.routing.threshold import SelectPositive
+from moe_kit.routing.typed_balance import TypedCVLoss
 from moe_kit.routing.weight import ReLUWeight, SelectedSoftmaxWeight, SoftmaxWeight
 from tests.tolerances import assert_close
 
@@ -190,3 +193,124 @@ def test_select_all_is_dense():
     routing = routing_of(torch.randn(3, E), select=SelectAll())
     assert routing.is_dense
     assert routing.load_E().tolist() == [3] * E
+
+
+class TestTyped:
+    """LoRAMoE's balance of two types of experts and data."""
+
+    TYPES = (0, 1)
+
+    def routing(self, weights_BSE, mask=None):
+        """Weights of a softmax over all experts, as given."""
+        router = Router(
+            weights_BSE.shape[-1],
+            scope=TokenScope(),
+            score=FixedScore(weights_BSE.flatten(0, 1).log()),
+            select=SelectAll(),
+            weight=SoftmaxWeight(),
+        )
+        return router(torch.zeros(*weights_BSE.shape[:2], 3), RoutingContext(mask_BS=mask))
+
+    def loss(self, weights_BSE, types=TYPES, mask=None, **options):
+        return mean_loss(TypedCVLoss(**options), stack_routings([self.routing(weights_BSE, mask)], types))
+
+    @staticmethod
+    def random(batch=2, length=5, experts=E):
+        return torch.randn(batch, length, experts, generator=torch.Generator().manual_seed(6)).softmax(-1)
+
+    def test_the_formula(self):
+        weights, delta = self.random(), 0.3
+        z = [
+            [weights[b, :, e].mean() * (1 - delta if (e >= 2) == (b == 1) else 1 + delta) for e in range(E)]
+            for b in range(2)
+        ]
+        z = torch.tensor(z)
+        assert_close("loss", self.loss(weights, delta=delta), z.var(unbiased=False) / z.mean() ** 2)
+        # the wrong way round, and without types
+        swapped = self.loss(weights, types=(1, 0), delta=delta)
+        assert (swapped - self.loss(weights, delta=delta)).abs() > 1e-3
+        plain = weights.mean(1)
+        assert_close("delta 0", self.loss(weights, delta=0.0), plain.var(unbiased=False) / plain.mean() ** 2)
+
+    def test_its_minimum_leans_to_the_own_experts(self):
+        delta = 0.4
+        logits = torch.zeros(2, 3, E, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], 0.05)
+        for _ in range(300):
+            optimizer.zero_grad()
+            self.loss(logits.softmax(-1), delta=delta).backward()
+            optimizer.step()
+        share = logits.detach().softmax(-1).mean(1)
+        assert self.loss(logits.softmax(-1), delta=delta) < 1e-5
+        assert_close("row of type 0", share[0, 0] / share[0, 2], torch.tensor(1.4 / 0.6))
+        assert_close("row of type 1", share[1, 3] / share[1, 1], torch.tensor(1.4 / 0.6))
+
+    def test_plain_importance_does_not_see_types(self):
+        """The control: swapping the rows' types changes nothing of CV of importance over the batch."""
+        weights = self.random()
+        leaning = torch.tensor([[0.35, 0.35, 0.15, 0.15], [0.15, 0.15, 0.35, 0.35]])[:, None].expand(2, 5, E)
+        assert mean_loss(LOSSES["cv_importance"], stack_routings([self.routing(leaning)])) < 1e-6
+        assert self.loss(leaning, delta=0.4) < 1e-5
+        assert self.loss(leaning, types=(1, 0), delta=0.4) > 0.1
+        assert self.loss(weights, types=0) != self.loss(weights, types=1)
+
+    def test_gradient_by_finite_differences(self):
+        logits = torch.randn(2, 3, E, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda z: self.loss(z.softmax(-1), delta=0.2), (logits,), eps=1e-6, atol=1e-5)
+
+    def test_padding_and_length_never_count(self):
+        weights = self.random()
+        padded = torch.cat([torch.full((2, 3, E), 0.25), weights], 1)
+        mask = torch.tensor([[False] * 3 + [True] * 5] * 2)
+        assert_close("padding", self.loss(padded, mask=mask), self.loss(weights))
+        longer = torch.cat([weights, weights], 1)
+        assert_close("length", self.loss(longer), self.loss(weights))
+        empty = torch.zeros(2, 5, dtype=torch.bool)
+        assert self.loss(weights, mask=empty).isfinite()
+        one = torch.tensor([[True] * 5, [False] * 5])
+        assert_close("a row of padding", self.loss(weights, mask=one), self.loss(weights[:1], types=(0,)))
+
+    @pytest.mark.parametrize(
+        ("types", "options", "error", "match"),
+        [
+            (None, {}, RoutingError, "needs the type of each row"),
+            ((0, 1, 1), {}, RoutingError, "3 values but the batch 2"),
+            ((0, 2), {}, RoutingError, "0 and 1 only"),
+            ((0, 1), {"expert_types": [0, 1]}, RoutingError, "names 2 experts, the router has 4"),
+            ((0, 1), {"expert_types": [0, 1, 2, 0]}, ConfigError, "0 and 1 only"),
+            ((0, 1), {"delta": 1.0}, ConfigError, r"expected a number in \[0, 1\)"),
+        ],
+    )
+    def test_mistakes(self, types, options, error, match):
+        with pytest.raises(error, match=match):
+            self.loss(self.random(), types=types, **options)
+
+    def test_through_a_model(self):
+        """The preset takes it as an option; the loss reaches the model's own, and types come with `routing_inputs`."""
+        from moe_kit import RoutedAdapterConfig, routing_inputs, routing_losses
+        from tests.tiny import batch_of, tiny_llama
+
+        config = RoutedAdapterConfig.from_preset(
+            "dense_lora_moe",
+            r=2,
+            num_experts=4,
+            target_modules=["q_proj"],
+            score_options={"init_std": 0.0},
+            losses={"cv_typed": 0.5},
+            loss_options={"cv_typed": {"delta": 0.25, "expert_types": [0, 1, 0, 1]}},
+        )
+        model, batch = get_peft_model(tiny_llama(), config).train(), batch_of()
+        with pytest.raises(RoutingError, match="needs the type"):
+            model(**batch)
+        with routing_inputs(model, task_types=[0, 1]):
+            loss = model(**batch).loss
+        (typed,) = routing_losses(model).values()
+        # routers start at zero: every weight is 1/4, and Z is 1/4 (1 -+ delta)
+        assert_close("value", typed.detach(), torch.tensor(0.25**2))
+        with torch.no_grad():
+            plain = model.eval()(**batch).loss
+        assert_close("in the loss", loss.detach(), plain + 0.5 * typed.detach())
+        with pytest.raises(ConfigError, match="loss_options do not fit the loss 'cv_typed'"):
+            get_peft_model(tiny_llama(), replace(config, loss_options={"cv_typed": {"detla": 0.1}}))
+        with pytest.raises(ConfigError, match="not among the losses"):
+            get_peft_model(tiny_llama(), replace(config, loss_options={"switch": {}}))
