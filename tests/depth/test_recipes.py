@@ -76,7 +76,7 @@ def test_wrong_recipes_are_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             load_depth_recipe({**values, **change})
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="no such shipped config"):
         load_depth_recipe("depth/none")
     with pytest.raises(ConfigError, match="whole layers per sequence"):
         search_layers(load_depth_recipe("depth/informed"))
