@@ -20,6 +20,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moe_kit.errors import CheckpointError
+from moe_kit.hf.adapter_files import WEIGHTS
 from moe_kit.training.guard import guarded, incomplete, last_checkpoint
 
 
@@ -100,6 +101,16 @@ def atomic(base: type) -> type:
                 # a resumed run saves a step again: the old one goes first, older ones stay
                 shutil.rmtree(self._final)
             os.replace(self._part, self._final)
+
+        def _load_best_model(self) -> None:
+            # an adapter with a name of its own lies in a sub-folder, where the stock Trainer does not look: it would keep
+            # the last weights and warn
+            best, names = Path(self.state.best_model_checkpoint or ""), getattr(self.model, "active_adapters", None)
+            own = [name for name in names if (best / name / WEIGHTS).is_file()] if isinstance(names, list) else []
+            if not own:
+                super()._load_best_model()
+            for name in own:
+                self.model.load_adapter(str(best / name), name)
 
         def _redirected(self, path: str) -> str:
             if self._final is None or path is None:

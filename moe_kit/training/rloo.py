@@ -41,16 +41,20 @@ _IGNORED_LABEL = -100
 
 
 def token_losses(logits: Tensor, labels: Tensor, shifted: bool = True) -> Tensor:
-    """Cross-entropy of each position.
+    """Cross-entropy of each position, or of each sequence where a sequence has one class.
 
     Args:
-        logits: float [B, S, V].
-        labels: int64 [B, S], -100 where there is nothing to predict.
-        shifted: position s predicts label s + 1 (causal models).
+        logits: float [B, S, V], or [B, V] for classes of sequences.
+        labels: int64 [B, S] or [B], -100 where there is nothing to predict.
+        shifted: position s predicts label s + 1 (causal language models).
 
     Returns:
-        float32 [B, S]; position s holds the loss that the output at s is charged with, 0 where there is no label.
+        float32 [B, S], or [B, 1] for classes of sequences; position s holds the loss that the output at s is charged with,
+        0 where there is no label.
     """
+    if logits.dim() == 2:
+        labels = labels.reshape(-1)
+        return F.cross_entropy(logits.float(), labels, ignore_index=_IGNORED_LABEL, reduction="none")[:, None]
     if shifted:
         labels = F.pad(labels[:, 1:], (0, 1), value=_IGNORED_LABEL)
     losses = F.cross_entropy(

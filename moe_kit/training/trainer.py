@@ -158,15 +158,19 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
             )
         bare = self.accelerator.unwrap_model(model)
         labels, credit = inputs["labels"], self.policy.credit
-        if labels.dim() != 2:
+        if labels.is_floating_point() or labels.dim() > 2:
             raise ConfigError(
-                f"labels have shape {list(labels.shape)}, expected [B, S]: a sampled router is charged with the losses of "
-                "tokens. Train it on a language model, or use a preset without sampling for classification."
+                f"labels have shape {list(labels.shape)} and dtype {labels.dtype}, expected whole numbers, [B, S] for tokens or "
+                "[B] for classes: a sampled router is charged with a cross-entropy. Use a preset without sampling for "
+                "regression and for several classes at once."
             )
         # a masked language model predicts each label where it stands
         shifted = predicts_next_token(bare.get_base_model() if hasattr(bare, "get_base_model") else bare)
         if credit == "to_go" and not shifted:
-            raise ConfigError("credit='to_go' needs a causal model; use credit='sequence' with an encoder-decoder.")
+            raise ConfigError(
+                "credit='to_go' needs a causal language model; use credit='sequence' with an encoder-decoder, a masked "
+                "language model or a classifier."
+            )
         self._check_recomputation(bare)
         with policy_gradient(bare) as state, self._prefix(bare):
             loss, outputs = self._whole_loss(model, inputs, num_items_in_batch)

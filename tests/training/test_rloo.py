@@ -382,9 +382,70 @@ def test_a_masked_language_model_is_charged_with_labels_where_they_stand(tmp_pat
     assert float(trainer._policy_metrics["policy_loss_std"]) > 0
 
 
-def test_classification_refuses_a_policy(tmp_path):
-    with pytest.raises(ConfigError, match="labels have shape"):
-        bert_policy(BertForSequenceClassification, tmp_path, labels=torch.tensor([0, 1]))
+class TestClassification:
+    """A sequence has one class: its loss is the cross-entropy of that class, its log Q that of all its tokens."""
+
+    def model(self, base=BertForSequenceClassification, targets=("query",), **overrides):
+        torch.manual_seed(0)
+        size = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        # the hidden states differ enough for the classes to hang on the experts
+        quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.5, num_labels=3)
+        options = dict(num_experts=2, top_k=1, r=2, target_modules=list(targets), score_options={"init_std": 0.5})
+        config = RoutedAdapterConfig.from_preset("remix", task_type="SEQ_CLS", **options, **overrides)
+        model = get_peft_model(base(BertConfig(**size, **quiet)), config)
+        wake_banks(model, std=3.0)
+        return model.train()
+
+    def test_policy_gradient_is_unbiased(self):
+        """All selections of two sequences of two tokens each."""
+        model, batch, labels = self.model(), batch_of(rows=2, length=2), torch.tensor([0, 2])
+        batch["labels"] = labels
+        (router,) = [p for name, p in model.named_parameters() if "router" in name and p.requires_grad]
+        samples = []
+        with policy_gradient(model) as state:
+            with record_routing(model) as record:
+                model(**batch)
+            (site,) = record
+            for choice in product(range(2), repeat=4):
+                with replay_routing(model, {site: torch.tensor(choice)[:, None]}):
+                    out = model(**batch)
+                losses = token_losses(out.logits.detach(), labels, shifted=False)
+                torch.testing.assert_close(losses.sum() / 2, out.loss.detach())
+                samples.append(sample_of(state, losses, "sequence"))
+        law = torch.stack([sample.log_prob.sum() for sample in samples]).exp()
+        total = torch.stack([sample.losses_BS.sum() for sample in samples])
+        (exact,) = torch.autograd.grad((law * total).sum(), router, retain_graph=True)
+        assert law.sum().item() == pytest.approx(1.0, abs=1e-5)
+        assert exact.abs().max() > 1e-3, "the toy must have something to learn"
+        estimate = expectation(samples, law.detach(), "sequence", router)
+        torch.testing.assert_close(estimate, exact, rtol=2e-3, atol=2e-5)
+        # the known wrong version: each sequence charged with its neighbour's class
+        wrong = [PolicySample(sample.losses_BS.flip(0), sample.log_prob) for sample in samples]
+        assert (expectation(wrong, law.detach(), "sequence", router) - exact).abs().max() > 20 * 2e-5
+
+    def test_it_trains(self, tmp_path):
+        data = [{**row, "labels": torch.tensor(index % 3)} for index, row in enumerate(dataset())]
+        model = self.model()
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        trainer = RoutedTrainer(model=model, args=arguments(tmp_path), train_dataset=data)
+        trainer.train()
+        moved = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+        assert {name for name in moved if "moe_adapter" in name} == {name for name in before if "moe_adapter" in name}
+        assert trainer.state.log_history[0]["policy_variance_sequence"] != 0
+        assert "policy_variance_to_go" not in trainer.state.log_history[0]
+
+    @pytest.mark.parametrize("labels", [torch.tensor([0.5, 1.0]), torch.ones(2, 3)], ids=["regression", "several"])
+    def test_other_losses_are_refused(self, tmp_path, labels):
+        with pytest.raises(ConfigError, match=r"labels have shape.*a sampled router is charged with a cross-entropy"):
+            bert_policy(BertForSequenceClassification, tmp_path, labels=labels)
+
+    def test_to_go_is_refused(self, tmp_path):
+        data = [{**row, "labels": torch.tensor(0)} for row in dataset()]
+        trainer = RoutedTrainer(
+            model=self.model(), args=arguments(tmp_path), train_dataset=data, policy=PolicyConfig(credit="to_go")
+        )
+        with pytest.raises(ConfigError, match="a masked language model or a classifier"):
+            trainer.train()
 
 
 def test_batches_of_embeddings_train(tmp_path):
