@@ -2,7 +2,7 @@
 
 from moe_kit_kernels import tuning
 from moe_kit_kernels.aot import Variant
-from moe_kit_kernels.grouped_mm.launch_sums import gram_tile, split_block
+from moe_kit_kernels.grouped_mm.sizes import gram_tile, split_block
 from moe_kit_kernels.grouped_mm.triton import grouped_mm_dact_kernel, grouped_mm_kernel
 from moe_kit_kernels.grouped_mm.triton_sums import combine_kernel, grouped_gram_kernel, split_sum_kernel
 

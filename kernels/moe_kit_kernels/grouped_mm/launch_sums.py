@@ -15,51 +15,16 @@ import triton as _triton
 from torch import Tensor
 
 from moe_kit_kernels import tuning
+from moe_kit_kernels.grouped_mm import sizes
 from moe_kit_kernels.grouped_mm.launch import aligned, precision, unit_stride
 from moe_kit_kernels.grouped_mm.triton_sums import combine_kernel, grouped_gram_kernel, split_sum_kernel
 from moe_kit_kernels.route_plan import RoutePlan, chunk_map, tile_height
-
-# rows below which a part's trip through the workspace would cost more than it balances
-_LEAST_CHUNK = 512
 
 
 @lru_cache(maxsize=16)
 def _workers(device: torch.device) -> int:
     """Programs that run at once; the CPU stands for the interpreter, and for an H100's count."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def chunk_rows(num_pairs: int, tiles: int, workers: int) -> int:
-    """Return the most rows a program of a weight gradient sums.
-
-    Args:
-        num_pairs: P.
-        tiles: Programs an expert has without a split.
-        workers: Programs that run at once.
-
-    Returns:
-        P where the tiles fill the device, else about half of what every worker would get: a power of two.
-    """
-    if tiles >= workers:
-        return max(1, num_pairs)
-    return max(_LEAST_CHUNK, _triton.next_power_of_2(_triton.cdiv(num_pairs * tiles, 2 * workers)))
-
-
-def gram_tile(config: dict[str, int], O: int, D: int) -> dict[str, int]:
-    """Return `config` with tiles no wider than the gradient: a low-rank factor has one narrow side.
-
-    Args:
-        config: BO, BD and the rest, from `tuning`.
-        O: Width of dz.
-        D: Width of x.
-
-    Returns:
-        A copy; sides are powers of two, at least 16, the least that a matrix instruction takes.
-    """
-    sides = {side: min(config[side], max(16, _triton.next_power_of_2(width))) for side, width in (("BO", O), ("BD", D))}
-    # a narrow tile has little for eight warps to share
-    warps = 4 if sides["BO"] * sides["BD"] <= 128 * 32 else config["num_warps"]
-    return {**config, **sides, "num_warps": warps}
 
 
 def gram(
@@ -102,9 +67,9 @@ def gram(
         itemsize=dz.element_size(),
         aligned=aligned(dz, x, dw_EOD),
     )
-    tile = gram_tile(tile, O, D)
+    tile = sizes.gram_tile(tile, O, D)
     tiles = _triton.cdiv(O, tile["BO"]) * _triton.cdiv(D, tile["BD"])
-    chunks = chunk_map(plan, chunk_rows(plan.num_pairs, tiles, _workers(dz.device)))
+    chunks = chunk_map(plan, sizes.chunk_rows(plan.num_pairs, tiles, _workers(dz.device)))
     split = chunks.num_slots > 0 and chunks.rows < plan.num_pairs
     slots = chunks.num_slots if split else 0
     parts_SOD = torch.empty(slots, O, D, dtype=torch.float32, device=dz.device)
@@ -148,23 +113,9 @@ def gram(
     return dw_EOD, db_EO
 
 
-def split_block(O: int, D: int) -> tuple[int, int]:
-    """Return BO and BD of `split_sum_kernel`: 512 elements, one 128-bit load a thread and part.
-
-    Args:
-        O: Rows of the gradient.
-        D: Its columns.
-
-    Returns:
-        Two powers of two.
-    """
-    block_d = min(128, _triton.next_power_of_2(D))
-    return min(512 // block_d, _triton.next_power_of_2(O)), block_d
-
-
 def _add_parts(parts_SOD: Tensor, dw_EOD: Tensor, first_E1: Tensor) -> None:
     E, O, D = dw_EOD.shape
-    block_o, block_d = split_block(O, D)
+    block_o, block_d = sizes.split_block(O, D)
     grid = (_triton.cdiv(O, block_o) * _triton.cdiv(D, block_d), E)
     split_sum_kernel[grid](parts_SOD, dw_EOD, first_E1, O, D, *dw_EOD.stride(), BO=block_o, BD=block_d, num_warps=4)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moe_kit_kernels.aot import Variant
-from moe_kit_kernels.lora_experts import launch
+from moe_kit_kernels.lora_experts import tiles
 from moe_kit_kernels.lora_experts import triton as kernels
 
 _TILES = {"tile_expert_ptr": "*i32", "tile_start_ptr": "*i64", "tile_end_ptr": "*i64"}
@@ -36,6 +36,12 @@ def variants(arch: str) -> list[Variant]:
         found.append(_up(f"linear-flat-{name}", 4096, E, L, K, capability, linear=True, flat=True))
         found.append(_sorted(f"flat-{name}", 4096, E, L, K, rows=128, flat=True))
         found.append(_decode_up(f"flat-{name}", 4096, E, L, K, flat=True))
+    # batches that do not fill a GPU with tall tiles
+    found.append(_down("few-8x8", 4096, 8, 8, 2, backward=False, tokens=2048))
+    found.append(_down("backward-few-64x64", 4096, 64, 64, 8, backward=True, tokens=256))
+    found.append(_up("few-8x8", 4096, 8, 8, 2, capability, linear=False, tokens=256))
+    found.append(_sorted("rank-32", 4096, 64, 32, 2, rows=128))
+    found.append(_sorted("rank-16", 4096, 64, 16, 2, rows=128))
     found.append(_down("odd", 1001, 3, 5, 2, backward=True))
     found.append(_up("dx-8x8", 4096, 8, 8, 2, capability, linear=True, transposed=True))
     found.append(_up("odd", 1001, 3, 5, 2, capability, linear=True))
@@ -47,9 +53,11 @@ def variants(arch: str) -> list[Variant]:
     return found
 
 
-def _down(name: str, D: int, E: int, L: int, K: int, *, backward: bool, flat: bool = False) -> Variant:
-    EB, LP = launch.column_block(E, L)
-    BM = launch.row_tile(EB * LP)
+def _down(
+    name: str, D: int, E: int, L: int, K: int, *, backward: bool, flat: bool = False, tokens: int = 16384
+) -> Variant:
+    EB, LP = tiles.column_block(E, L)
+    tile = tiles.down_tile(tokens, E, L)
     # a B [E, O, L] seen as [E, L, O] in the backward: its ranks are next to each other, not its width
     stride_l, stride_d = (1, L) if backward and not flat else (D, 1)
     return Variant(
@@ -69,9 +77,11 @@ def _down(name: str, D: int, E: int, L: int, K: int, *, backward: bool, flat: bo
         floats=("scale",),
         constants={
             **{"K": K, "BACKWARD": backward, "EVEN_D": D % 64 == 0, "PRECISION": "ieee"},
-            **{"BM": BM, "EB": EB, "LP": LP, "BK": 64},
+            **{"BM": tile["BM"], "EB": EB, "LP": LP, "BK": tile["BK"]},
         },
-        tile_rows=BM,
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+        tile_rows=tile["BM"],
         wide_loads=D % 16 == 0,
     )
 
@@ -87,9 +97,10 @@ def _up(
     linear: bool,
     transposed: bool = False,
     flat: bool = False,
+    tokens: int = 16384,
 ) -> Variant:
-    BC, LP = launch.up_columns(E, L)
-    tile = launch.up_tile(linear, capability)
+    BC, LP = tiles.up_columns(E, L)
+    tile = tiles.up_tile(tokens, D, K, linear=linear, capability=capability)
     stride_o, stride_l = (1, D) if transposed or flat else (L, 1)
     stride_wo, stride_wd = (1, D) if transposed else (D, 1)
     return Variant(
@@ -121,6 +132,7 @@ def _up(
 
 def _sorted(name: str, O: int, E: int, L: int, K: int, *, rows: int, flat: bool = False) -> Variant:
     stride_o, stride_l = (1, O) if flat else (L, 1)
+    tile = tiles.sorted_tile(rows, L)
     return Variant(
         kernel="lora_up_sorted",
         name=name,
@@ -137,17 +149,17 @@ def _sorted(name: str, O: int, E: int, L: int, K: int, *, rows: int, flat: bool 
         floats=("scale",),
         constants={
             **{"K": K, "FIRST": True, "WEIGHTS": True, "BASE": True, "PRECISION": "ieee"},
-            **{"BM": rows, "BN": launch.sorted_tile(rows)["BN"], "BL": launch.rank_block(L)},
+            **{"BM": rows, "BN": tile["BN"], "BL": tile["BL"]},
         },
-        num_warps=launch.sorted_tile(rows)["num_warps"],
-        num_stages=launch.sorted_tile(rows)["num_stages"],
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
         tile_rows=rows,
         wide_loads=O % 16 == 0,
     )
 
 
 def _decode_down(name: str, D: int, E: int, L: int, K: int) -> Variant:
-    LP, BK, _ = launch.decode_tile(L)
+    LP, BK, _ = tiles.decode_tile(L)
     integers: dict[str, Any] = {
         "D": D,
         "E": E,
@@ -170,7 +182,7 @@ def _decode_down(name: str, D: int, E: int, L: int, K: int) -> Variant:
 
 def _decode_up(name: str, O: int, E: int, L: int, K: int, *, flat: bool = False) -> Variant:
     stride_o, stride_l = (1, O) if flat else (L, 1)
-    LP, _, BN = launch.decode_tile(L)
+    LP, _, BN = tiles.decode_tile(L)
     integers = {"O": O, "E": E, "L": L, "stride_be": L * O, "stride_base": O}
     integers |= {"stride_bo": stride_o, "stride_bl": stride_l}
     return Variant(

@@ -1,7 +1,4 @@
-"""Launchers of the LoRA kernels: tile sizes from static sizes, strides, specialisation switches.
-
-A column block holds EB experts of LP = next power of two of the rank. Its width EB * LP is at least 16 (the least that
-a matrix instruction takes) and at most 128 unless one expert's rank is wider.
+"""Launchers of the LoRA kernels: strides, grids, specialisation switches; tile sizes come from `tiles`.
 
 Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank.
 """
@@ -10,6 +7,7 @@ import torch
 import triton as _triton
 from torch import Tensor
 
+from moe_kit_kernels.lora_experts import tiles as sizes
 from moe_kit_kernels.lora_experts.triton import (
     lora_decode_down_kernel,
     lora_decode_up_kernel,
@@ -18,9 +16,6 @@ from moe_kit_kernels.lora_experts.triton import (
     lora_up_sorted_kernel,
 )
 from moe_kit_kernels.route_plan import RoutePlan, route_plan, tile_height, tile_map
-
-# bytes of y that one column group of the sorted order may keep in L2 between slots
-_L2_BYTES = 24 << 20
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -35,104 +30,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def column_block(num_experts: int, rank: int) -> tuple[int, int]:
-    """Size a column block.
-
-    Args:
-        num_experts: E.
-        rank: L.
-
-    Returns:
-        EB and LP, powers of two with 16 <= EB * LP.
-    """
-    LP = _triton.next_power_of_2(rank)
-    EB = min(_triton.next_power_of_2(num_experts), max(1, 128 // LP))
-    return max(EB, 16 // LP), LP
-
-
-def row_tile(columns: int) -> int:
-    """Choose BM of the dense down kernel, so that its accumulator stays in registers.
-
-    Args:
-        columns: EB * LP.
-
-    Returns:
-        BM.
-    """
-    return 64 if columns <= 128 else 32
-
-
-def up_tile(linear: bool, capability: int) -> dict[str, int]:
-    """Choose the tile of the dense up kernel.
-
-    Args:
-        linear: the base product is inside.
-        capability: compute capability times ten. From 100 on accumulators live outside of the registers, so that the
-            base product can have a taller tile; before, it would spill.
-
-    Returns:
-        BM, BN, BK, num_warps, num_stages.
-    """
-    tall = linear and capability >= 100
-    return {"BM": 128 if tall else 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
-
-
 def _capability(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def sorted_tile(rows: int) -> dict[str, int]:
-    """Choose the tile of the sorted up kernel.
-
-    Args:
-        rows: BM, which follows the mean number of tokens an expert.
-
-    Returns:
-        BN, num_warps, num_stages.
-    """
-    return {"BN": 64, "num_warps": 8 if rows >= 64 else 2, "num_stages": 2}
-
-
-def up_columns(num_experts: int, rank: int) -> tuple[int, int]:
-    """Size the column block of the dense up kernel, which may cut an expert.
-
-    Args:
-        num_experts: E.
-        rank: L.
-
-    Returns:
-        BC, 16 to 64 (narrow ranks keep more pointers alive and get 32), and LP.
-    """
-    LP = _triton.next_power_of_2(rank)
-    return min(32 if LP < 32 else 64, max(16, _triton.next_power_of_2(num_experts) * LP)), LP
-
-
-def rank_block(rank: int) -> int:
-    """Size the block of ranks of the sorted up kernel.
-
-    Args:
-        rank: L.
-
-    Returns:
-        BL, 16 to 64.
-    """
-    return min(64, max(16, _triton.next_power_of_2(rank)))
-
-
-def decode_tile(rank: int) -> tuple[int, int, int]:
-    """Choose the tile of the decode kernels.
-
-    Args:
-        rank: L.
-
-    Returns:
-        LP, BK (4096 elements together) and BN (at least eight elements a thread: one 128-bit load).
-    """
-    LP = _triton.next_power_of_2(rank)
-    return LP, max(16, 4096 // LP), max(64, 1024 // LP)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -170,8 +72,9 @@ def down_dense(
     dw_TK = x_TD.new_zeros(T, K, dtype=torch.float32) if backward else None
     if T == 0 or K == 0:
         return H_PL, dw_TK
-    EB, LP = column_block(E, L)
-    BM, BK = row_tile(EB * LP), 64
+    EB, LP = sizes.column_block(E, L)
+    tile = sizes.down_tile(T, E, L)
+    BM, BK = tile["BM"], tile["BK"]
     grid = (_triton.cdiv(T, BM) * _triton.cdiv(E, EB),)
     lora_down_dense_kernel[grid](
         x_TD,
@@ -196,8 +99,8 @@ def down_dense(
         EB=EB,
         LP=LP,
         BK=BK,
-        num_warps=4,
-        num_stages=3,
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
     )
     return H_PL, dw_TK
 
@@ -233,8 +136,8 @@ def up_dense(
     y_TO = H_PL.new_empty(T, O, dtype=out_dtype)
     if T == 0:
         return y_TO
-    BC, LP = up_columns(E, L)
-    tile = up_tile(linear is not None, _capability(H_PL.device))
+    BC, LP = sizes.up_columns(E, L)
+    tile = sizes.up_tile(T, O, K, linear=linear is not None, capability=_capability(H_PL.device))
     BM, BN, BK = tile["BM"], tile["BN"], tile["BK"]
     x_TD, W_OD, bias_O = linear if linear is not None else (H_PL, B_EOL[0], None)
     x_TD = _rows(x_TD)
@@ -331,9 +234,9 @@ def up_sorted(
         return y_TO
     H_PL = H_PL.contiguous()
     base_TO = None if base_TO is None else _rows(base_TO)
-    BL, tile = rank_block(L), sorted_tile(tile_height(T, E))
+    tile = sizes.sorted_tile(tile_height(T, E), L)
     BN = tile["BN"]
-    width = max(BN, _L2_BYTES // (T * y_TO.element_size()) // BN * BN)
+    width = sizes.group_columns(T, y_TO.element_size(), BN)
     maps = [(p, tile_map(p, tile_height(T, E))) for p in slot_plans(plan)]
     for first in range(0, O, width):
         end = min(O, first + width)
@@ -364,7 +267,7 @@ def up_sorted(
                 PRECISION=precision(H_PL.dtype),
                 BM=tiles.rows,
                 BN=BN,
-                BL=BL,
+                BL=tile["BL"],
                 num_warps=tile["num_warps"],
                 num_stages=tile["num_stages"],
             )
@@ -402,7 +305,7 @@ def decode(
     if T == 0:
         return y_TO
     H_PL = x_TD.new_empty(T * K, L, dtype=torch.float32)
-    LP, BK, BN = decode_tile(L)
+    LP, BK, BN = sizes.decode_tile(L)
     if K:
         lora_decode_down_kernel[(T * K,)](
             x_TD, A_ELD, plan.expert_P, H_PL, D, E, L, x_TD.stride(0), *A_ELD.stride(), K=K, LP=LP, BK=BK, num_warps=4

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from moe_kit_kernels import lora_experts, lora_linear
-from moe_kit_kernels.lora_experts import launch
+from moe_kit_kernels.lora_experts import launch, tiles
 from moe_kit_kernels.route_plan import route_plan
 
 from tests.tolerances import assert_close
@@ -148,7 +148,7 @@ def test_strided_inputs(backend):
 
 def test_columns_in_several_groups(monkeypatch, poison_empty):
     # groups of one column block each: the order that keeps a block of y in cache between slots
-    monkeypatch.setattr(launch, "_L2_BYTES", 1)
+    monkeypatch.setattr(tiles, "L2_BYTES", 1)
     ids, t = make("wider than a tile")
     H, plan = torch.randn(ids.numel(), 16), route_plan(ids, 2)
     got = launch.up_sorted(H, t["B"], plan, torch.float32, weights=t["weights"], base_TO=t["base"])

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from moe_kit_kernels import experts_mlp, grouped_mm, lora_grouped, route_plan, route_plan_pairs
-from moe_kit_kernels.grouped_mm import launch_sums
+from moe_kit_kernels.grouped_mm import sizes
 
 from tests.tolerances import assert_close
 
@@ -100,7 +100,7 @@ def test_taller_tiles_and_transposed_stacks(poison_empty):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_split_experts(edge, transposed, monkeypatch, poison_empty):
     # chunks of at most four rows: most experts of these cases are summed in parts
-    monkeypatch.setattr(launch_sums, "_LEAST_CHUNK", 4)
+    monkeypatch.setattr(sizes, "LEAST_CHUNK", 4)
     rows, E, D, H = EDGES[edge]
     ids = ids_of(rows)
     tensors, upstream = block(ids, E, D, H, bias=True)

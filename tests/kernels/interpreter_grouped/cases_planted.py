@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from moe_kit_kernels import experts_mlp
-from moe_kit_kernels.grouped_mm import launch, launch_sums
+from moe_kit_kernels.grouped_mm import launch, launch_sums, sizes
 
 from tests.tolerances import assert_close
 
@@ -44,7 +44,7 @@ BUGS = {
 @pytest.fixture(autouse=True)
 def split(monkeypatch):
     # chunks of two rows, so that the parts of split experts are seen too
-    monkeypatch.setattr(launch_sums, "_LEAST_CHUNK", 2)
+    monkeypatch.setattr(sizes, "LEAST_CHUNK", 2)
 
 
 def compare():

@@ -1,17 +1,42 @@
 import pytest
-from moe_kit_kernels.roofline import A100, H100, Cache, Cost, block_costs, product_cost, seconds
+from moe_kit_kernels.roofline import (
+    A100,
+    H100,
+    Cache,
+    Cost,
+    compaction_designs,
+    gram_cost,
+    grouped_lora_designs,
+    linear_designs,
+    lora_designs,
+    mlp_designs,
+    product_cost,
+    seconds,
+    up_sorted_cost,
+)
 
 
 def test_cache_evicts_the_oldest():
     cache = Cache(2)
     for key in "abab":
-        cache.touch(key, 1)
-    assert cache.missed == 2
-    cache.touch("c", 1)
-    cache.touch("b", 1)
-    assert cache.missed == 3
-    cache.touch("a", 1)
-    assert cache.missed == 4
+        cache.read(key, 1)
+    assert cache.moved == 2
+    cache.read("c", 1)
+    cache.read("b", 1)
+    assert cache.moved == 3
+    cache.read("a", 1)
+    assert cache.moved == 4
+
+
+def test_written_entries_go_back_once():
+    cache = Cache(2)
+    cache.write("a", 1)
+    cache.write("a", 1)
+    assert cache.moved == 0
+    cache.read("b", 1)
+    cache.read("c", 1)
+    assert cache.moved == 3
+    assert cache.flush() == 3
 
 
 def test_everything_cached_reads_each_operand_once():
@@ -22,17 +47,66 @@ def test_everything_cached_reads_each_operand_once():
     assert cost.hbm_bytes < tiny.hbm_bytes <= tiny.l2_bytes
 
 
+def test_a_block_of_y_stays_in_cache_between_slots():
+    slots = [[list(range(256))], [list(range(256))]]
+    more = {"rows": 16, "BN": 64, "BL": 16, "base": False, "weighed": False}
+    grouped = up_sorted_cost(slots, 1024, 16, **more, width=64, cache=120_000)
+    whole = up_sorted_cost(slots, 1024, 16, **more, width=1024, cache=120_000)
+    y = 256 * 1024 * 2
+    assert grouped.l2_bytes == whole.l2_bytes
+    assert grouped.hbm_bytes < 1.6 * y
+    assert whole.hbm_bytes > 2.9 * y
+
+
+def test_split_gradient_pays_for_its_parts():
+    runs = [list(range(1024)), []]
+    whole, split = (gram_cost(runs, runs, 16, 256, BO=16, BD=128, BR=64, chunk=chunk) for chunk in (1024, 256))
+    assert (whole.launches, split.launches) == (1, 2)
+    # four parts written and read instead of one gradient written, which is written after all
+    assert split.l2_bytes - whole.l2_bytes == 16 * 256 * (4 * 4 + 4 * 4)
+
+
 def test_slowest_resource_bounds():
     assert Cost(H100.hbm, 0, 0).seconds(H100) == 1
     assert Cost(0, 2 * H100.l2, H100.flops).seconds(H100) == 2
     assert seconds([Cost(0, 0, A100.flops), Cost(0, 0, A100.flops)], A100) == 2
 
 
+def times(designs, device):
+    return {name: seconds(kernels, device) for name, kernels in designs.items()}
+
+
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("device", [H100, A100])
-def test_order_of_the_designs(device):
-    costs = block_costs(1024, 4, 16, 512, 256, device=device)
-    times = {name: seconds(kernels, device) for name, kernels in costs.items()}
-    assert times["minimum"] < times["moe_kit"] < times["sort + scatter + combine"] < times["loop over experts"]
-    ours = sum(kernel.hbm_bytes for kernel in costs["moe_kit"])
-    theirs = sum(kernel.hbm_bytes for kernel in costs["sort + scatter + combine"])
+def test_order_of_the_designs(device, backward):
+    more = {"device": device, "backward": backward}
+    costs = mlp_designs(1024, 4, 16, 512, 256, **more)
+    modelled = times(costs, device)
+    assert modelled["minimum"] < modelled["moe_kit"] < modelled["sort + scatter + combine"]
+    assert modelled["sort + scatter + combine"] < modelled["loop over experts"]
+    ours, theirs = (sum(k.hbm_bytes for k in costs[name]) for name in ("moe_kit", "sort + scatter + combine"))
     assert ours < theirs
+    for designs in (
+        lora_designs(1024, 2, 8, 8, 512, 512, **more),
+        linear_designs(1024, 2, 8, 8, 512, 512, **more),
+        grouped_lora_designs(1024, 2, 8, 8, 512, 512, **more),
+        compaction_designs(1024, 0.5, 512, **more),
+    ):
+        modelled = times(designs, device)
+        assert all(modelled["minimum"] <= other for other in modelled.values()), modelled
+
+
+@pytest.mark.parametrize("device", [H100, A100])
+@pytest.mark.parametrize("rank", [8, 16])
+def test_dense_lora_moves_the_minimum_and_beats_the_masked_pair(device, rank):
+    designs = lora_designs(16384, 2, 8, rank, 4096, 4096, device=device)
+    least, ours = (sum(k.hbm_bytes for k in designs[name]) for name in ("minimum", "moe_kit (dense)"))
+    assert ours <= 1.25 * least
+    modelled = times(designs, device)
+    assert modelled["moe_kit (dense)"] <= modelled["masked GEMM pair"]
+
+
+@pytest.mark.parametrize("device", [H100, A100])
+def test_sorted_lora_beats_read_modify_writes(device):
+    modelled = times(lora_designs(16384, 2, 64, 64, 4096, 4096, device=device), device)
+    assert modelled["moe_kit (sorted)"] <= 0.88 * modelled["sorted down + k read-modify-writes"]

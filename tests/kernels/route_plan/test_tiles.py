@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_kit_kernels.grouped_mm.sizes import chunk_rows
 from moe_kit_kernels.route_plan import chunk_map, route_plan, route_plan_pairs, tile_height, tile_map
 
 WORKERS = 132
@@ -144,7 +145,6 @@ def test_product_against_random_orders(E, K, exponent):
 @pytest.mark.parametrize("tiles", [8, 32, 192])
 @pytest.mark.parametrize(("E", "K", "exponent", "seed"), LOADS)
 def test_weight_gradient_ends_before_one_program_an_expert_in_any_order(tiles, E, K, exponent, seed):
-    chunk_rows = pytest.importorskip("moe_kit_kernels.grouped_mm.launch_sums", reason="needs triton").chunk_rows
     plan = zipf(2048, K, E, exponent, seed)
     rows = chunk_rows(plan.num_pairs, tiles, WORKERS)
     ours = makespan([end - start for _, start, end in ranges(chunk_map(plan, rows)) for _ in range(tiles)])
@@ -156,7 +156,6 @@ def test_weight_gradient_ends_before_one_program_an_expert_in_any_order(tiles, E
 
 
 def test_a_hot_expert_is_shared():
-    chunk_rows = pytest.importorskip("moe_kit_kernels.grouped_mm.launch_sums", reason="needs triton").chunk_rows
     plan, tiles = route_plan(torch.zeros(32768, 1, dtype=torch.long), 64), 32
     rows = chunk_rows(plan.num_pairs, tiles, WORKERS)
     ours = makespan([end - start for _, start, end in ranges(chunk_map(plan, rows)) for _ in range(tiles)])
