@@ -267,26 +267,53 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             return None
         if done is not None and shared.serves(x, (context.is_open, torch.is_grad_enabled())):
             return done
-        routing = self.routing(name, x, context)
-        if routing.base_weight_N is not None:
-            return None
-        x_TD, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
         layers = [self, *(layer for layer in self.siblings[name] if layer is not self and layer._joins(name, self))]
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.shares_any_input[name]):
-            step = DecodeStep.of(layers, name, x, routing)
-            if step is not None:
-                self.steps[name] = step
+        banks, bases = [layer.moe_adapter_bank[name] for layer in layers], [layer.base_layer for layer in layers]
+        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        x_TD = x.reshape(-1, x.shape[-1])
+        results = self._gated(name, x, context, banks, x_TD, weights, biases)
+        if results is None:
+            routing = self.routing(name, x, context)
+            if routing.base_weight_N is not None:
+                return None
+            if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.shares_any_input[name]):
+                self.steps[name] = DecodeStep.of(layers, name, x, routing)
+            results = banks[0].linear_group(banks, x_TD, weights, biases, routing)
+        if results is None:
+            # no joint form: this one alone
+            layers, results = [self], (banks[0].linear(x_TD, weights[0], biases[0], routing),)
+            if results[0] is None:
+                return None
+        shaped = [result.view(*x.shape[:-1], result.shape[-1]) for result in results]
         if len(layers) > 1:
-            banks, bases = [layer.moe_adapter_bank[name] for layer in layers], [layer.base_layer for layer in layers]
-            results = banks[0].linear_group(banks, x_TD, [b.weight for b in bases], [b.bias for b in bases], routing)
-            if results is not None:
-                outputs = context.shared[site].outputs
-                for layer, result in zip(layers, results, strict=True):
-                    outputs[layer.path] = result.view(*shape, result.shape[-1])
-                return outputs.pop(self.path)
-        base = self.base_layer
-        result = self.moe_adapter_bank[name].linear(x_TD, base.weight, base.bias, routing)
-        return None if result is None else result.view(*shape, result.shape[-1])
+            outputs = context.shared[site].outputs
+            outputs.update((layer.path, result) for layer, result in zip(layers[1:], shaped[1:], strict=True))
+        return shaped[0]
+
+    def _gated(
+        self,
+        name: str,
+        x: Tensor,
+        context: RoutingContext,
+        banks: list[Any],
+        x_TD: Tensor,
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+    ) -> list[Tensor] | None:
+        """Decision and linears in one operator, for a first layer whose router and banks have one."""
+        mode = (context.is_open, torch.is_grad_enabled())
+        shared = context.shared.get(self.sites[name])
+        if self.shares_any_input[name] or (shared is not None and shared.serves(x, mode)):
+            return None
+        router = self.owners[name].moe_adapter_router[name]
+        parameters = router.gate_parameters(x, context)
+        found = None if parameters is None else banks[0].gated_group(banks, x_TD, weights, biases, *parameters)
+        if found is None:
+            return None
+        logits, ids, chosen, *results = found
+        routing = router.decided(x, context, logits, ids, chosen)
+        context.shared[self.sites[name]] = SharedInput(_reference(x), routing, mode)
+        return results
 
     def _is_plain(self) -> bool:
         # hooks on the base layer must still fire, so a hooked one takes the plain path

@@ -41,7 +41,7 @@ class DecodeStep:
         self.A, self.B = [bank.A for bank in banks], [bank.B for bank in banks]
         stores = [bank._parameters or bank._buffers for bank in banks]
         self.parts = [
-            (layer._modules, base, base.weight, store, bank.A, bank.B, bank.A.data_ptr(), bank.B.data_ptr())
+            (layer._modules, base, base.weight, bank, store, bank.A, bank.B, bank.A.data_ptr(), bank.B.data_ptr())
             for layer, base, bank, store in zip(layers, bases, banks, stores, strict=True)
         ]
         # one view for each expert: to index a stack costs as much as to multiply by it
@@ -90,15 +90,16 @@ class DecodeStep:
         dtype = self.dtype
         if x.shape != self.shape or x.dtype is not dtype or x.device.type != "cpu":
             return False
-        for modules, base, weight, bank, a, b, address_a, address_b in self.parts:
+        for modules, base, weight, bank, store, a, b, address_a, address_b in self.parts:
             # dictionaries, not attributes: a module looks its parts up in them after everything else has failed
             if not (
                 modules["base_layer"] is base
                 and base._parameters["weight"] is weight
                 and weight.dtype is dtype
                 # the bank's own dictionary; a model that was moved or cast keeps its parameters, not what they hold
-                and bank["A"] is a
-                and bank["B"] is b
+                and store["A"] is a
+                and store["B"] is b
+                and bank.scale == self.scale
                 and a.data_ptr() == address_a
                 and b.data_ptr() == address_b
                 and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)

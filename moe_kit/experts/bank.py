@@ -91,3 +91,28 @@ class Bank(nn.Module, ABC):
             One float [T, O_i] a linear, or None if these banks have no joint form.
         """
         return None
+
+    @staticmethod
+    def gated_group(
+        banks: Sequence[Bank],
+        x_TD: Tensor,
+        weights_OD: Sequence[Tensor],
+        biases_O: Sequence[Tensor | None],
+        router_ED: Tensor,
+        top_k: int,
+    ) -> tuple[Tensor, ...] | None:
+        """A linear top-k router together with the linears it routes: one operator decides and applies the decision.
+
+        Args:
+            banks: one a linear.
+            x_TD: float [T, D].
+            weights_OD: frozen weights [O_i, D].
+            biases_O: frozen biases [O_i] or None.
+            router_ED: float [E, D], weight of the router; weights are the softmax of the K best logits.
+            top_k: K.
+
+        Returns:
+            Logits [T, E], ids [T, K], weights [T, K] and one float [T, O_i] a linear, or None if these banks have no
+            such form for these inputs.
+        """
+        return None

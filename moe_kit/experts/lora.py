@@ -93,10 +93,8 @@ class LoRABank(Bank):
         """All linears in one operator; None unless all banks are LoRA of one scale without active dropout."""
         from moe_kit_kernels.lora_experts.dispatch import Decision, run_linears
 
-        scale = banks[0].scale
-        for bank in banks:
-            if type(bank) is not LoRABank or bank.scale != scale or (bank.dropout is not None and bank.training):
-                return None
+        if not _alike(banks):
+            return None
         if routing.is_dense:
             decision = Decision(None, routing.dense_TE(), None)
         else:
@@ -105,8 +103,33 @@ class LoRABank(Bank):
             decision = Decision(routing.expert_ids_TK, routing.weights_TK, plan)
         A, B = [bank.A for bank in banks], [bank.B for bank in banks]
         # the public `lora_linear_group` checks shapes that a bank and its linear are built with
-        return run_linears("lora_linear", "auto", decision, scale, x_TD, weights_OD, biases_O, A, B)
+        return run_linears("lora_linear", "auto", decision, banks[0].scale, x_TD, weights_OD, biases_O, A, B)
+
+    @staticmethod
+    def gated_group(
+        banks: Sequence[Bank],
+        x_TD: Tensor,
+        weights_OD: Sequence[Tensor],
+        biases_O: Sequence[Tensor | None],
+        router_ED: Tensor,
+        top_k: int,
+    ) -> tuple[Tensor, ...] | None:
+        """Decision and all linears in one operator; see `Bank.gated_group`."""
+        from moe_kit_kernels.lora_experts.dispatch import run_gated_linears
+
+        if not _alike(banks):
+            return None
+        A, B = [bank.A for bank in banks], [bank.B for bank in banks]
+        return run_gated_linears(top_k, banks[0].scale, x_TD, router_ED, weights_OD, biases_O, A, B)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         return f"experts={self.num_experts}, rank={self.rank}, in={self.width_in}, out={self.width_out}"
+
+
+def _alike(banks: Sequence[Bank]) -> bool:
+    """Whether all banks are LoRA of one scale without active dropout."""
+    scale = banks[0].scale if type(banks[0]) is LoRABank else None
+    return all(
+        type(bank) is LoRABank and bank.scale == scale and (bank.dropout is None or not bank.training) for bank in banks
+    )

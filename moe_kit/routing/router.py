@@ -77,7 +77,8 @@ class Router(nn.Module):
             self.freeze = FreezeSchedule(freeze_after, [score, select])
         # the router that most methods have needs no parts one by one: product, choice and weights in one operator
         plain = type(scope) is TokenScope and is_plain_linear(score) and is_plain_top_k(select)
-        self._fuses = plain and type(weight) is SelectedSoftmaxWeight and stepper is None and freeze_after is None
+        plain = plain and type(weight) is SelectedSoftmaxWeight and stepper is None and freeze_after is None
+        self._fuses = plain and not detach_input
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # logits, thresholds and balance biases stay float32 when a model is cast: bfloat16 loses a step of 1e-3
@@ -144,7 +145,7 @@ class Router(nn.Module):
             RoutingError: if the context does not fit the input, or replayed ids are out of range.
         """
         context = context or RoutingContext()
-        if self._fuses and x.dim() == 3 and context.is_free and not torch.compiler.is_compiling() and self._unhooked():
+        if self._fuses_for(x, context):
             return self._register(self._gate(x, context), context)
         if context.policy_gradient and self.training and self.is_policy:
             # a forward-only pass still needs the gradient of log Q with respect to the router itself
@@ -186,13 +187,50 @@ class Router(nn.Module):
                     state.observe(routing)
         return routing
 
-    def _unhooked(self) -> bool:
-        """Nobody listens to score or selection, or has wrapped the score (PEFT's `modules_to_save` does)."""
+    def _fuses_for(self, x: Tensor, context: RoutingContext) -> bool:
+        """Whether one operator decides: nothing from outside takes part and nobody listens to score or selection."""
+        if not self._fuses or x.dim() != 3 or not context.is_free or torch.compiler.is_compiling():
+            return False
         # from the dictionary: attribute lookup in a module is slow enough to be seen at one token
         score, select = self._modules["score"], self._modules["select"]
+        # PEFT's `modules_to_save` may have wrapped the score
         return type(score) is LinearScore and not (
             score._forward_hooks or score._forward_pre_hooks or select._forward_hooks or select._forward_pre_hooks
         )
+
+    def gate_parameters(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, int] | None:
+        """What an operator needs that decides and applies the decision at one go; `decided` then completes it.
+
+        Args:
+            x: float [B, S, D], the input.
+            context: the forward pass.
+
+        Returns:
+            (weight [E, D], K) of `weights = softmax of the K best of x W^T`, or None if this router does more than that.
+        """
+        if not self._fuses_for(x, context) or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        score: Any = self._modules["score"]
+        select: Any = self._modules["select"]
+        return score.weight, select.k
+
+    def decided(
+        self, x: Tensor, context: RoutingContext, logits_NE: Tensor, ids_NK: Tensor, weights_NK: Tensor
+    ) -> Routing:
+        """The routing that an operator decided with `gate_parameters`, registered in the context.
+
+        Args:
+            x: float [B, S, D], the input.
+            context: the forward pass.
+            logits_NE: float32 [T, E].
+            ids_NK: int64 [T, K], best first.
+            weights_NK: float32 [T, K].
+
+        Returns:
+            As `forward`.
+        """
+        tokens = context.tokens_of(x.shape[0], x.shape[1], x.device)
+        return self._register(Routing.of_tokens(self.num_experts, ids_NK, weights_NK, logits_NE, *tokens), context)
 
     def _gate(self, x_BSD: Tensor, context: RoutingContext) -> Routing:
         """The routing of a linear score for each token, top-k and a softmax over the chosen, by one operator."""

@@ -11,6 +11,7 @@ Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = E*L c
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from moe_kit_kernels.lora_experts import cpu
 from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
-from moe_kit_kernels.route_plan import RoutePlan
+from moe_kit_kernels.route_plan import RoutePlan, route_plan
+from moe_kit_kernels.topk_gate.cpu import gate, gate_logits_gradient
 
 
 def fits(x_TD: Tensor, weights: Tensor, bases: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
@@ -105,6 +107,96 @@ def forward(
     return tuple(results), kept
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Which tensors want a gradient."""
+
+    x: bool
+    """The input."""
+    weights: bool
+    """The weights of the pairs."""
+    tensors: tuple[bool, ...]
+    """n bases, n biases, n A and n B."""
+
+    @property
+    def hidden(self) -> bool:
+        """H is read: by the gradients of the weights and of B only."""
+        return self.weights or any(self.tensors[3 * len(self.tensors) // 4 :])
+
+
+def backward(
+    plan: RoutePlan | None,
+    scale: float,
+    needs: Needs,
+    x_TD: Tensor,
+    weights: Tensor,
+    kept: Tensor | None,
+    bases: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    dys: Sequence[Tensor],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Compute the gradients that are asked for.
+
+    Args:
+        plan: the routing.
+        scale: factor on the sums.
+        needs: which gradients.
+        x_TD: [T, D] inputs.
+        weights: the forward's weights.
+        kept: H as `forward` gave it.
+        bases: base weights; read only for the gradient of x.
+        A: down projections.
+        B: up projections.
+        dys: gradients of the n results.
+
+    Returns:
+        Gradients of x, of the weights, and of the n bases, biases, A and B.
+    """
+    n = len(dys)
+    need_base, need_bias, need_A, need_B = (needs.tensors[i * n : (i + 1) * n] for i in range(4))
+    (T, D), (E, L, _) = x_TD.shape, A[0].shape
+    C = E * L
+    expand_EC = cpu.expansion(E, (L,) * n, scale, x_TD.dtype, x_TD.device)
+    factors_TC = _factors(plan, weights, expand_EC)
+    dx = dweights = None
+    dA: Sequence[Tensor | None] = (None,) * n
+    dB: list[Tensor | None] = [None] * n
+
+    if needs.x or needs.weights or any(need_A):
+        if n == 1:
+            U_TC = torch.mm(dys[0], _side_by_side(B[0]))
+        else:
+            U_TC = x_TD.new_empty(T, n * C)
+            for dy_TO, b_EOL, out in zip(dys, B, U_TC.split(C, dim=1), strict=True):
+                torch.mm(dy_TO, _side_by_side(b_EOL), out=out)
+    if kept is not None:
+        H_TC = kept
+        if plan is not None:
+            # columns of experts that were not chosen stay 0
+            rows = kept.new_zeros(T * n * E, L)
+            H_TC = rows.index_copy_(0, cpu.chosen_rows(plan, n), kept).view(T, n * C)
+        if needs.weights:
+            dweights = cpu.gate_gradient(U_TC, H_TC, expand_EC, plan, weights)
+        if any(need_B):
+            G_TC = H_TC * factors_TC if plan is None else H_TC.mul_(factors_TC)
+            for i, (dy_TO, part_TC) in enumerate(zip(dys, G_TC.split(C, dim=1), strict=True)):
+                if need_B[i]:
+                    # a view in the layout of a bank that keeps B as [E, L, O]: autograd takes it without a copy
+                    dB[i] = torch.mm(part_TC.t(), dy_TO).view(E, L, -1).transpose(1, 2)
+    if needs.x or any(need_A):
+        dH_TC = U_TC.mul_(factors_TC)
+        if any(need_A):
+            dA = torch.mm(dH_TC.t(), x_TD).view(n * E, L, D).split(E)
+        if needs.x:
+            for dy_TO, w_OD in zip(dys, bases, strict=True):
+                dx = torch.mm(dy_TO, w_OD) if dx is None else dx.addmm_(dy_TO, w_OD)
+            dx.addmm_(dH_TC, _joined(A))
+    dbase = [dy_TO.t() @ x_TD if need else None for dy_TO, need in zip(dys, need_base, strict=True)]
+    dbias = [dy_TO.sum(0) if need else None for dy_TO, need in zip(dys, need_bias, strict=True)]
+    return dx, dweights, [*dbase, *dbias, *dA, *dB]
+
+
 class DenseLinears(torch.autograd.Function):
     """`apply(plan, scale, x_TD, weights, *bases, *biases, *A, *B)` -> tuple of n results [T, O_i]."""
 
@@ -114,12 +206,11 @@ class DenseLinears(torch.autograd.Function):
     ) -> Any:
         """Compute the base products and add the experts."""
         n = len(tensors) // 4
-        bases, biases, A, B = tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n], tensors[3 * n :]
-        needs = ctx.needs_input_grad
-        # H is read by the gradients of the weights and of B only
-        keep = needs[3] or any(needs[4 + 3 * n :])
-        results, kept = forward(plan, scale, x_TD, weights, bases, biases, A, B, keep)
-        held = [hold_frozen(w, needs[2]) for w in bases]
+        bases, A, B = tensors[:n], tensors[2 * n : 3 * n], tensors[3 * n :]
+        _, _, need_x, need_weights, *others = ctx.needs_input_grad
+        ctx.needs = needs = Needs(need_x, need_weights, tuple(others))
+        results, kept = forward(plan, scale, x_TD, weights, bases, tensors[n : 2 * n], A, B, needs.hidden)
+        held = [hold_frozen(w, need_x) for w in bases]
         ctx.plan, ctx.scale, ctx.frozen = plan, scale, [frozen for frozen, _ in held]
         ctx.save_for_backward(x_TD, weights, kept, *A, *B, *(trained for _, trained in held))
         return results
@@ -128,50 +219,68 @@ class DenseLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> Any:
         """Compute the gradients that are asked for."""
+        n = len(dys)
         x_TD, weights, kept, *saved = ctx.saved_tensors
-        n, plan, needs = len(dys), ctx.plan, ctx.needs_input_grad
-        A, B, trained = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        need_x, need_weights = needs[2], needs[3]
-        need_base, need_bias = needs[4 : 4 + n], needs[4 + n : 4 + 2 * n]
-        need_A, need_B = any(needs[4 + 2 * n : 4 + 3 * n]), any(needs[4 + 3 * n :])
-        (T, D), (E, L, _) = x_TD.shape, A[0].shape
-        C = E * L
-        expand_EC = cpu.expansion(E, (L,) * n, ctx.scale, x_TD.dtype, x_TD.device)
-        factors_TC = _factors(plan, weights, expand_EC)
-        dx = dweights = None
-        dA: Sequence[Tensor | None] = (None,) * n
-        dB: list[Tensor | None] = [None] * n
+        bases = _bases(ctx.frozen, saved[2 * n :], ctx.needs.x)
+        A, B = saved[:n], saved[n : 2 * n]
+        dx, dweights, others = backward(ctx.plan, ctx.scale, ctx.needs, x_TD, weights, kept, bases, A, B, dys)
+        return None, None, dx, dweights, *others
 
-        if need_x or need_weights or need_A:
-            if n == 1:
-                U_TC = torch.mm(dys[0], _side_by_side(B[0]))
-            else:
-                U_TC = x_TD.new_empty(T, n * C)
-                for dy_TO, b_EOL, out in zip(dys, B, U_TC.split(C, dim=1), strict=True):
-                    torch.mm(dy_TO, _side_by_side(b_EOL), out=out)
-        if kept is not None:
-            H_TC = kept
-            if plan is not None:
-                # columns of experts that were not chosen stay 0
-                rows = kept.new_zeros(T * n * E, L)
-                H_TC = rows.index_copy_(0, cpu.chosen_rows(plan, n), kept).view(T, n * C)
-            if need_weights:
-                dweights = cpu.gate_gradient(U_TC, H_TC, expand_EC, plan, weights)
-            if need_B:
-                G_TC = H_TC * factors_TC if plan is None else H_TC.mul_(factors_TC)
-                for i, (dy_TO, part_TC) in enumerate(zip(dys, G_TC.split(C, dim=1), strict=True)):
-                    if needs[4 + 3 * n + i]:
-                        # a view in the layout of a bank that keeps B as [E, L, O]: autograd takes it without a copy
-                        dB[i] = torch.mm(part_TC.t(), dy_TO).view(E, L, -1).transpose(1, 2)
-        if need_x or need_A:
-            dH_TC = U_TC.mul_(factors_TC)
-            if need_A:
-                dA = torch.mm(dH_TC.t(), x_TD).view(n * E, L, D).split(E)
-            if need_x:
-                for dy_TO, frozen, weight in zip(dys, ctx.frozen, trained, strict=True):
-                    w_OD = take_weight(frozen, weight)
-                    dx = torch.mm(dy_TO, w_OD) if dx is None else dx.addmm_(dy_TO, w_OD)
-                dx.addmm_(dH_TC, _joined(A))
-        dbase = [dy_TO.t() @ x_TD if need else None for dy_TO, need in zip(dys, need_base, strict=True)]
-        dbias = [dy_TO.sum(0) if need else None for dy_TO, need in zip(dys, need_bias, strict=True)]
-        return None, None, dx, dweights, *dbase, *dbias, *dA, *dB
+
+class GatedLinears(torch.autograd.Function):
+    """A linear router and the linears that it routes, at one go.
+
+    `apply(k, scale, x_TD, router_ED, *bases, *biases, *A, *B)` -> logits [T, E], ids [T, K], weights [T, K], and n
+    results [T, O_i]. The choice is that of `topk_gate.cpu.gate`. The gradient that reaches x through the router is
+    added where the one through the linears already lies: on its own it is a second tensor of x's size, and a sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, k: int, scale: float, x_TD: Tensor, router_ED: Tensor, *tensors: Tensor | None) -> Any:
+        """Choose, compute the base products and add the experts."""
+        n = len(tensors) // 4
+        bases, A, B = tensors[:n], tensors[2 * n : 3 * n], tensors[3 * n :]
+        _, _, need_x, need_router, *others = ctx.needs_input_grad
+        # the weights depend on x and on the router
+        ctx.needs = needs = Needs(need_x, need_x or need_router, tuple(others))
+        logits_TE = torch.mm(x_TD, router_ED.t())
+        ids_TK, weights_TK = gate(logits_TE, k)
+        plan = route_plan(ids_TK, router_ED.shape[0])
+        results, kept = forward(plan, scale, x_TD, weights_TK, bases, tensors[n : 2 * n], A, B, needs.hidden)
+        held = [hold_frozen(w, need_x) for w in bases]
+        ctx.plan, ctx.scale, ctx.frozen = plan, scale, [frozen for frozen, _ in held]
+        ctx.mark_non_differentiable(ids_TK)
+        # a loss may or may not read logits and weights, and a result may go unused
+        ctx.set_materialize_grads(False)
+        ctx.widths = [result.shape for result in results]
+        ctx.save_for_backward(x_TD, router_ED, weights_TK, ids_TK, kept, *A, *B, *(trained for _, trained in held))
+        return logits_TE, ids_TK, weights_TK, *results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits: Tensor | None, _dids: None, dw_TK: Tensor | None, *dys: Tensor | None) -> Any:
+        """Compute the gradients that are asked for."""
+        n = len(dys)
+        x_TD, router_ED, p_TK, ids_TK, kept, *saved = ctx.saved_tensors
+        bases = _bases(ctx.frozen, saved[2 * n :], ctx.needs.x)
+        dx = None
+        others: list[Tensor | None] = [None] * (4 * n)
+        if any(dy is not None for dy in dys):
+            dys = [x_TD.new_zeros(shape) if dy is None else dy for dy, shape in zip(dys, ctx.widths, strict=True)]
+            A, B = saved[:n], saved[n : 2 * n]
+            dx, inner_TK, others = backward(ctx.plan, ctx.scale, ctx.needs, x_TD, p_TK, kept, bases, A, B, dys)
+            if inner_TK is not None:
+                dw_TK = inner_TK if dw_TK is None else dw_TK + inner_TK
+        dlogits = gate_logits_gradient(dlogits, dw_TK, ids_TK, p_TK, router_ED.shape[0])
+        drouter = None
+        if dlogits is not None:
+            if ctx.needs.x:
+                dx = torch.mm(dlogits, router_ED) if dx is None else dx.addmm_(dlogits, router_ED)
+            if ctx.needs_input_grad[3]:
+                drouter = torch.mm(dlogits.t(), x_TD)
+        return None, None, dx, drouter, *others
+
+
+def _bases(frozen: Sequence[Any], trained: Sequence[Tensor | None], needed: bool) -> list[Tensor]:
+    """The base weights, where the gradient of x reads them."""
+    return [take_weight(f, t) for f, t in zip(frozen, trained, strict=True)] if needed else []

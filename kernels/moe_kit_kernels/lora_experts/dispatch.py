@@ -304,6 +304,45 @@ def run_linears(
     return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)
 
 
+def run_gated_linears(
+    k: int,
+    scale: float,
+    x_TD: Tensor,
+    router_ED: Tensor,
+    weights_OD: Sequence[Tensor],
+    biases_O: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+) -> tuple[Tensor, ...] | None:
+    """Route one input by a linear router and run n linear layers with their experts, where one operator does both.
+
+    Args:
+        k: K, experts a token.
+        scale: factor on the adapters' sums.
+        x_TD: [T, D] inputs.
+        router_ED: [E, D] weight of the router; weights are the softmax of the K best logits.
+        weights_OD: base weights [O_i, D].
+        biases_O: base biases [O_i] or None.
+        A: down projections [E, L_i, D].
+        B: up projections [E, O_i, L_i].
+
+    Returns:
+        Logits [T, E], ids [T, K], weights [T, K] and n results [T, O_i]; or None where `run_linears` must do it: without
+        gradients, in a trace, on an accelerator, under autocast, in mixed dtypes, or when all experts at once cost more.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x_TD.device.type != "cpu":
+        return None
+    if uses_triton(x_TD.device) or autocast_dtype(x_TD.device) is not None:
+        return None
+    T, E = x_TD.shape[0], A[0].shape[0]
+    width = sum(w.shape[0] for w in weights_OD)
+    if not cpu_linears.fits(x_TD, router_ED, weights_OD, A, B) or k > E:
+        return None
+    if chosen_form(x_TD, T * k, E, A[0].shape[1], width, training=True) != "dense":
+        return None
+    return cpu_linears.GatedLinears.apply(k, scale, x_TD, router_ED, *weights_OD, *biases_O, *A, *B)
+
+
 # the environment and the installed packages are looked at once
 @lru_cache(maxsize=16)
 def uses_triton(device: torch.device) -> bool:

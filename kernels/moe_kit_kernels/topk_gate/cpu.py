@@ -132,13 +132,31 @@ class LinearGate(torch.autograd.Function):
     def backward(ctx: Any, dlogits_TE: Tensor | None, _dids: None, dw_TK: Tensor | None) -> Any:
         """Compute the gradients of input and weight; the weight's as `g^T x`, which is much faster than `(x^T g)^T`."""
         x_TD, weight_ED, ids_TK, p_TK = ctx.saved_tensors
-        if dw_TK is not None:
-            chosen_TK = p_TK * (dw_TK - (p_TK * dw_TK).sum(-1, keepdim=True))
-            zeros = x_TD.new_zeros(x_TD.shape[0], weight_ED.shape[0])
-            through_TE = zeros.scatter_(1, ids_TK, chosen_TK)
-            dlogits_TE = through_TE if dlogits_TE is None else through_TE.add_(dlogits_TE)
+        dlogits_TE = gate_logits_gradient(dlogits_TE, dw_TK, ids_TK, p_TK, weight_ED.shape[0])
         if dlogits_TE is None:
             return None, None, None
         need_x, need_weight, _ = ctx.needs_input_grad
         dx_TD = torch.mm(dlogits_TE, weight_ED) if need_x else None
         return dx_TD, torch.mm(dlogits_TE.t(), x_TD) if need_weight else None, None
+
+
+def gate_logits_gradient(
+    dlogits_TE: Tensor | None, dw_TK: Tensor | None, ids_TK: Tensor, p_TK: Tensor, num_experts: int
+) -> Tensor | None:
+    """Gradient of the logits behind a `gate`.
+
+    Args:
+        dlogits_TE: [T, E] gradient that reaches the logits themselves, or None.
+        dw_TK: [T, K] gradient of the weights, or None.
+        ids_TK: [T, K] chosen experts.
+        p_TK: [T, K] their weights.
+        num_experts: E.
+
+    Returns:
+        [T, E], or None without either.
+    """
+    if dw_TK is None:
+        return dlogits_TE
+    chosen_TK = p_TK * (dw_TK - (p_TK * dw_TK).sum(-1, keepdim=True))
+    through_TE = p_TK.new_zeros(p_TK.shape[0], num_experts).scatter_(1, ids_TK, chosen_TK)
+    return through_TE if dlogits_TE is None else through_TE.add_(dlogits_TE)
