@@ -10,16 +10,17 @@ its B side by side, and the gradient of it, are views.
 Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = E*L columns of a projection, n projections.
 """
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_kit_kernels.lora_experts import cpu
+from moe_kit_kernels.lora_experts import cpu, cpu_pairs
 from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
+from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan, route_plan
 from moe_kit_kernels.topk_gate.cpu import gate, gate_logits_gradient
 
@@ -74,7 +75,7 @@ def forward(
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     keep: bool,
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Compute the n results, and H of the chosen experts.
 
     Args:
@@ -89,16 +90,16 @@ def forward(
         keep: gather H for the backward.
 
     Returns:
-        n results [T, O_i], and H [P * n, L] (or [T, n*C] when every expert is chosen) or None.
+        n results [T, O_i], and H [P * n, L] (or [T, n*C] when every expert is chosen), or ().
     """
     n, (E, L, _D) = len(A), A[0].shape
     H_TC = torch.mm(x_TD, _joined(A).t())
     expand_EC = cpu.expansion(E, (L,) * n, scale, x_TD.dtype, x_TD.device)
     factors_TC = _factors(plan, weights, expand_EC)
-    kept = None
+    kept: tuple[Tensor, ...] = ()
     if keep:
-        kept = H_TC if plan is None else H_TC.view(-1, L).index_select(0, cpu.chosen_rows(plan, n))
-    G_TC = H_TC * factors_TC if kept is H_TC else H_TC.mul_(factors_TC)
+        kept = (H_TC if plan is None else H_TC.view(-1, L).index_select(0, cpu.chosen_rows(plan, n)),)
+    G_TC = H_TC * factors_TC if keep and plan is None else H_TC.mul_(factors_TC)
     parts = (G_TC,) if n == 1 else G_TC.split(E * L, dim=1)
     results = []
     for part_TC, base_OD, bias_O, b_EOL in zip(parts, bases, biases, B, strict=True):
@@ -107,30 +108,13 @@ def forward(
     return tuple(results), kept
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """Which tensors want a gradient."""
-
-    x: bool
-    """The input."""
-    weights: bool
-    """The weights of the pairs."""
-    tensors: tuple[bool, ...]
-    """n bases, n biases, n A and n B."""
-
-    @property
-    def hidden(self) -> bool:
-        """H is read: by the gradients of the weights and of B only."""
-        return self.weights or any(self.tensors[3 * len(self.tensors) // 4 :])
-
-
 def backward(
     plan: RoutePlan | None,
     scale: float,
     needs: Needs,
     x_TD: Tensor,
     weights: Tensor,
-    kept: Tensor | None,
+    kept: Sequence[Tensor],
     bases: Sequence[Tensor],
     A: Sequence[Tensor],
     B: Sequence[Tensor],
@@ -170,12 +154,12 @@ def backward(
             U_TC = x_TD.new_empty(T, n * C)
             for dy_TO, b_EOL, out in zip(dys, B, U_TC.split(C, dim=1), strict=True):
                 torch.mm(dy_TO, _side_by_side(b_EOL), out=out)
-    if kept is not None:
-        H_TC = kept
+    if kept:
+        (H_TC,) = kept
         if plan is not None:
             # columns of experts that were not chosen stay 0
-            rows = kept.new_zeros(T * n * E, L)
-            H_TC = rows.index_copy_(0, cpu.chosen_rows(plan, n), kept).view(T, n * C)
+            rows = H_TC.new_zeros(T * n * E, L)
+            H_TC = rows.index_copy_(0, cpu.chosen_rows(plan, n), H_TC).view(T, n * C)
         if needs.weights:
             dweights = cpu.gate_gradient(U_TC, H_TC, expand_EC, plan, weights)
         if any(need_B):
@@ -197,78 +181,92 @@ def backward(
     return dx, dweights, [*dbase, *dbias, *dA, *dB]
 
 
-class DenseLinears(torch.autograd.Function):
-    """`apply(plan, scale, x_TD, weights, *bases, *biases, *A, *B)` -> tuple of n results [T, O_i]."""
+def _form(how: str) -> Any:
+    """The module whose `forward` and `backward` compute a form."""
+    return cpu_pairs if how == "sorted" else sys.modules[__name__]
+
+
+class RoutedLinears(torch.autograd.Function):
+    """`apply(how, plan, scale, x_TD, weights, *bases, *biases, *A, *B)` -> tuple of n results [T, O_i].
+
+    `how` is "dense" (this module) or "sorted" (`cpu_pairs`).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, plan: RoutePlan | None, scale: float, x_TD: Tensor, weights: Tensor, *tensors: Tensor | None
+        ctx: Any, how: str, plan: RoutePlan | None, scale: float, x_TD: Tensor, weights: Tensor, *tensors: Tensor | None
     ) -> Any:
         """Compute the base products and add the experts."""
         n = len(tensors) // 4
         bases, A, B = tensors[:n], tensors[2 * n : 3 * n], tensors[3 * n :]
-        _, _, need_x, need_weights, *others = ctx.needs_input_grad
-        ctx.needs = needs = Needs(need_x, need_weights, tuple(others))
-        results, kept = forward(plan, scale, x_TD, weights, bases, tensors[n : 2 * n], A, B, needs.hidden)
+        _, _, _, need_x, need_weights, *others = ctx.needs_input_grad
+        needs = Needs(need_x, need_weights, tuple(others))
+        results, kept = _form(how).forward(plan, scale, x_TD, weights, bases, tensors[n : 2 * n], A, B, needs.hidden)
         held = [hold_frozen(w, need_x) for w in bases]
-        ctx.plan, ctx.scale, ctx.frozen = plan, scale, [frozen for frozen, _ in held]
-        ctx.save_for_backward(x_TD, weights, kept, *A, *B, *(trained for _, trained in held))
+        ctx.call, ctx.needs, ctx.frozen = (how, plan, scale), needs, [frozen for frozen, _ in held]
+        ctx.save_for_backward(x_TD, weights, *A, *B, *(trained for _, trained in held), *kept)
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> Any:
         """Compute the gradients that are asked for."""
-        n = len(dys)
-        x_TD, weights, kept, *saved = ctx.saved_tensors
-        bases = _bases(ctx.frozen, saved[2 * n :], ctx.needs.x)
-        A, B = saved[:n], saved[n : 2 * n]
-        dx, dweights, others = backward(ctx.plan, ctx.scale, ctx.needs, x_TD, weights, kept, bases, A, B, dys)
-        return None, None, dx, dweights, *others
+        n, (how, plan, scale) = len(dys), ctx.call
+        x_TD, weights, *saved = ctx.saved_tensors
+        A, B, bases = saved[:n], saved[n : 2 * n], _bases(ctx.frozen, saved[2 * n : 3 * n], ctx.needs.x)
+        dx, dweights, others = _form(how).backward(
+            plan, scale, ctx.needs, x_TD, weights, saved[3 * n :], bases, A, B, dys
+        )
+        return None, None, None, dx, dweights, *others
 
 
 class GatedLinears(torch.autograd.Function):
     """A linear router and the linears that it routes, at one go.
 
-    `apply(k, scale, x_TD, router_ED, *bases, *biases, *A, *B)` -> logits [T, E], ids [T, K], weights [T, K], and n
-    results [T, O_i]. The choice is that of `topk_gate.cpu.gate`. The gradient that reaches x through the router is
-    added where the one through the linears already lies: on its own it is a second tensor of x's size, and a sum.
+    `apply(how, k, scale, x_TD, router_ED, *bases, *biases, *A, *B)` -> logits [T, E], ids [T, K], weights [T, K], and
+    n results [T, O_i]; `how` as in `RoutedLinears`. The choice is that of `topk_gate.cpu.gate`. The gradient that
+    reaches x through the router is added where the one through the linears already lies: on its own it is a second
+    tensor of x's size, and a sum.
     """
 
     @staticmethod
-    def forward(ctx: Any, k: int, scale: float, x_TD: Tensor, router_ED: Tensor, *tensors: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, how: str, k: int, scale: float, x_TD: Tensor, router_ED: Tensor, *tensors: Tensor | None
+    ) -> Any:
         """Choose, compute the base products and add the experts."""
         n = len(tensors) // 4
         bases, A, B = tensors[:n], tensors[2 * n : 3 * n], tensors[3 * n :]
-        _, _, need_x, need_router, *others = ctx.needs_input_grad
+        _, _, _, need_x, need_router, *others = ctx.needs_input_grad
         # the weights depend on x and on the router
-        ctx.needs = needs = Needs(need_x, need_x or need_router, tuple(others))
+        needs = Needs(need_x, need_x or need_router, tuple(others))
         logits_TE = torch.mm(x_TD, router_ED.t())
         ids_TK, weights_TK = gate(logits_TE, k)
         plan = route_plan(ids_TK, router_ED.shape[0])
-        results, kept = forward(plan, scale, x_TD, weights_TK, bases, tensors[n : 2 * n], A, B, needs.hidden)
+        results, kept = _form(how).forward(plan, scale, x_TD, weights_TK, bases, tensors[n : 2 * n], A, B, needs.hidden)
         held = [hold_frozen(w, need_x) for w in bases]
-        ctx.plan, ctx.scale, ctx.frozen = plan, scale, [frozen for frozen, _ in held]
+        ctx.call, ctx.needs, ctx.frozen = (how, plan, scale), needs, [frozen for frozen, _ in held]
         ctx.mark_non_differentiable(ids_TK)
         # a loss may or may not read logits and weights, and a result may go unused
         ctx.set_materialize_grads(False)
         ctx.widths = [result.shape for result in results]
-        ctx.save_for_backward(x_TD, router_ED, weights_TK, ids_TK, kept, *A, *B, *(trained for _, trained in held))
+        trained = [value for _, value in held]
+        ctx.save_for_backward(x_TD, router_ED, weights_TK, ids_TK, *A, *B, *trained, *kept)
         return logits_TE, ids_TK, weights_TK, *results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlogits: Tensor | None, _dids: None, dw_TK: Tensor | None, *dys: Tensor | None) -> Any:
         """Compute the gradients that are asked for."""
-        n = len(dys)
-        x_TD, router_ED, p_TK, ids_TK, kept, *saved = ctx.saved_tensors
-        bases = _bases(ctx.frozen, saved[2 * n :], ctx.needs.x)
+        n, (how, plan, scale) = len(dys), ctx.call
+        x_TD, router_ED, p_TK, ids_TK, *saved = ctx.saved_tensors
         dx = None
         others: list[Tensor | None] = [None] * (4 * n)
         if any(dy is not None for dy in dys):
             dys = [x_TD.new_zeros(shape) if dy is None else dy for dy, shape in zip(dys, ctx.widths, strict=True)]
-            A, B = saved[:n], saved[n : 2 * n]
-            dx, inner_TK, others = backward(ctx.plan, ctx.scale, ctx.needs, x_TD, p_TK, kept, bases, A, B, dys)
+            A, B, bases = saved[:n], saved[n : 2 * n], _bases(ctx.frozen, saved[2 * n : 3 * n], ctx.needs.x)
+            dx, inner_TK, others = _form(how).backward(
+                plan, scale, ctx.needs, x_TD, p_TK, saved[3 * n :], bases, A, B, dys
+            )
             if inner_TK is not None:
                 dw_TK = inner_TK if dw_TK is None else dw_TK + inner_TK
         dlogits = gate_logits_gradient(dlogits, dw_TK, ids_TK, p_TK, router_ED.shape[0])
@@ -276,9 +274,9 @@ class GatedLinears(torch.autograd.Function):
         if dlogits is not None:
             if ctx.needs.x:
                 dx = torch.mm(dlogits, router_ED) if dx is None else dx.addmm_(dlogits, router_ED)
-            if ctx.needs_input_grad[3]:
+            if ctx.needs_input_grad[4]:
                 drouter = torch.mm(dlogits.t(), x_TD)
-        return None, None, dx, drouter, *others
+        return None, None, None, dx, drouter, *others
 
 
 def _bases(frozen: Sequence[Any], trained: Sequence[Tensor | None], needed: bool) -> list[Tensor]:

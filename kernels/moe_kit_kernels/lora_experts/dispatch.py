@@ -18,7 +18,7 @@ from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocas
 from moe_kit_kernels.common.checks import check_shape, fail
 from moe_kit_kernels.cost_model import LoraShape, choose_lora, device_of
 from moe_kit_kernels.grouped_mm.backend import interpreting, resolve_backend
-from moe_kit_kernels.lora_experts import cpu_linears, cpu_single, ops  # noqa: F401 (ops registers the operators)
+from moe_kit_kernels.lora_experts import cpu_linears, cpu_pairs, cpu_single, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
 from moe_kit_kernels.lora_experts.cpu_decode import decode, decode_linears
 from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
@@ -271,6 +271,16 @@ def run_linears(
         if plain and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
             ids, weights = decision.ids_TK.tolist(), decision.weights.tolist()
             return tuple(decode_linears(x_TD, weights_OD, biases_O, A, B, ids, weights, scale))
+    dtype = autocast_dtype(x_TD.device)
+    here = dtype is None and backend in ("dense", "sorted") and not uses_triton(x_TD.device)
+    if here and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
+        plan = resolve_plan(operator, T, E, decision)
+        if backend == "dense" or (plan is not None and cpu_pairs.fits(x_TD, weights_OD, A)):
+            if torch.is_grad_enabled():
+                tensors = [*weights_OD, *biases_O, *A, *B]
+                return cpu_linears.RoutedLinears.apply(backend, plan, scale, x_TD, decision.weights, *tensors)
+            form = cpu_linears if backend == "dense" else cpu_pairs
+            return form.forward(plan, scale, x_TD, decision.weights, weights_OD, biases_O, A, B, False)[0]
     if backend != "dense":
         # the base product stays the vendor's; the experts are added into it
         if decision.plan is None and not everyone and backend != "decode":
@@ -283,16 +293,11 @@ def run_linears(
         return tuple(results)
 
     plan = resolve_plan(operator, T, E, decision)
-    if uses_triton(x_TD.device) and linear_fuses(plan, A, autocast_dtype(x_TD.device)):
+    if uses_triton(x_TD.device) and linear_fuses(plan, A, dtype):
         from moe_kit_kernels.lora_experts.triton_autograd import TritonLora
 
         parts = zip(weights_OD, biases_O, A, B, strict=True)
         return tuple(TritonLora.apply("dense", plan, scale, True, x_TD, decision.weights, *part) for part in parts)
-    dtype = autocast_dtype(x_TD.device)
-    if dtype is None and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
-        if torch.is_grad_enabled():
-            return cpu_linears.DenseLinears.apply(plan, scale, x_TD, decision.weights, *weights_OD, *biases_O, *A, *B)
-        return cpu_linears.forward(plan, scale, x_TD, decision.weights, weights_OD, biases_O, A, B, False)[0]
     group = Group(plan, scale, len(A), linear=True)
     tensors = [*weights_OD, *biases_O, *A, *B]
     if dtype is not None:
@@ -338,9 +343,10 @@ def run_gated_linears(
     width = sum(w.shape[0] for w in weights_OD)
     if not cpu_linears.fits(x_TD, router_ED, weights_OD, A, B) or k > E:
         return None
-    if chosen_form(x_TD, T * k, E, A[0].shape[1], width, training=True) != "dense":
+    how = chosen_form(x_TD, T * k, E, A[0].shape[1], width, training=True)
+    if how == "sorted" and not cpu_pairs.fits(x_TD, weights_OD, A):
         return None
-    return cpu_linears.GatedLinears.apply(k, scale, x_TD, router_ED, *weights_OD, *biases_O, *A, *B)
+    return cpu_linears.GatedLinears.apply(how, k, scale, x_TD, router_ED, *weights_OD, *biases_O, *A, *B)
 
 
 # the environment and the installed packages are looked at once

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_kit_kernels import lora_linear_group
+from moe_kit_kernels.lora_experts import cpu_pairs
 from moe_kit_kernels.lora_experts.cpu_linears import GatedLinears
 from moe_kit_kernels.lora_experts.dispatch import run_gated_linears
 
@@ -27,11 +29,11 @@ def parts(n, tensors):
     return [[tensors[f"{name}{i}"] for i in range(n)] for name in "WbAB"]
 
 
-def fused(n, k):
+def fused(n, k, how="dense"):
     def call(**tensors):
         weights, biases, A, B = parts(n, tensors)
         logits, _ids, chosen, *ys = GatedLinears.apply(
-            k, SCALE, tensors["x"], tensors["router"], *weights, *biases, *A, *B
+            how, k, SCALE, tensors["x"], tensors["router"], *weights, *biases, *A, *B
         )
         return (logits, chosen, *ys)
 
@@ -59,6 +61,29 @@ def plain(n, k):
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (1, 2), (2, 5), (3, 2)])
 def test_equals_the_three_steps(n, k, poison_empty):
     compare(fused(n, k), plain(n, k), inputs(n))
+
+
+@pytest.mark.parametrize(("n", "k", "E"), [(1, 1, 5), (2, 2, 3), (3, 2, 40)])
+@pytest.mark.parametrize("cached", [64, 1 << 20])
+def test_sorted_form_equals_the_three_steps(n, k, E, cached, poison_empty, monkeypatch):
+    """Many experts without pairs, and runs of one expert or of all."""
+    monkeypatch.setattr(cpu_pairs, "_CACHED_BYTES", cached)
+    compare(fused(n, k, "sorted"), plain(n, k), inputs(n, T=21, E=E, D=8, L=4, widths=(8, 4, 12), dtype=torch.float32))
+
+
+def test_sorted_form_of_dropped_pairs(poison_empty, monkeypatch):
+    """Empty slots and ids of no expert count nothing, down to a routing without a single pair."""
+    monkeypatch.setattr(cpu_pairs, "_CACHED_BYTES", 64)
+    given = inputs(2, T=6, E=5, D=8, L=4, widths=(8, 4), dtype=torch.float32)
+    for ids in ([[0, -1], [1, 2], [-1, -1], [3, 9], [1, 0], [2, -1]], [[-1, -1]] * 6):
+        table = torch.tensor(ids)
+
+        def call(how, x, chosen, table=table, **rest):
+            weights, biases, A, B = parts(2, rest)
+            return lora_linear_group(x, weights, biases, A, B, table, chosen, scale=SCALE, backend=how)
+
+        tensors = {**{k: v for k, v in given.items() if k != "router"}, "chosen": torch.rand(6, 2)}
+        compare(lambda **t: call("sorted", **t), lambda **t: call("reference", **t), tensors)
 
 
 @pytest.mark.parametrize("used", [[0], [1], [2], [3], [0, 3], [1, 2]])
@@ -94,7 +119,7 @@ def test_ties_go_to_the_lowest_index():
     given = {name: value.float() for name, value in inputs(1).items()}
     given["router"] = torch.ones_like(given["router"]).requires_grad_()
     weights, biases, A, B = parts(1, given)
-    _, ids, chosen, _ = GatedLinears.apply(2, 1.0, given["x"], given["router"], *weights, *biases, *A, *B)
+    _, ids, chosen, _ = GatedLinears.apply("dense", 2, 1.0, given["x"], given["router"], *weights, *biases, *A, *B)
     assert torch.equal(ids, torch.tensor([[0, 1]]).expand_as(ids))
     assert torch.equal(chosen, torch.full_like(chosen, 0.5))
 

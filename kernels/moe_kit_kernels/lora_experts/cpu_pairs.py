@@ -1,0 +1,209 @@
+"""Frozen linears with their experts on pairs sorted by expert: only what was chosen is computed.
+
+With s the sorted pairs, t(s) their tokens and f_s = scale * weight, for each of n projections:
+
+    forward    H = x_t(s) A_e^T,      y_t(s) += (f H) B_e^T
+    backward   U = dy_t(s) B_e,       dw_s = scale * <U_s, H_s>,     dH = f U
+               dB_e = (f H)_e^T dy,   dA_e = dH_e^T x,               dx_t(s) += dH A_e
+
+torch's grouped_mm walks the experts in C++. Pairs of x and of dy are gathered once and serve all that read them. The
+cost follows the number of pairs and hardly the number of experts, so from some dozen columns E*L on it beats the
+dense form of `cpu_linears`, whose signature this module shares.
+
+Legend: T tokens, P pairs, N pairs that are not dropped, E experts, D width in, O width out, L rank, n projections.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_kit_kernels.lora_experts.cpu_sorted import can_group
+from moe_kit_kernels.lora_experts.needs import Needs
+from moe_kit_kernels.route_plan import RoutePlan
+
+# a gather into fresh memory of several MiB costs more in page faults than the products that read it (measured)
+_CACHED_BYTES = 3 << 18
+
+
+def fits(x_TD: Tensor, bases: Sequence[Tensor], A: Sequence[Tensor]) -> bool:
+    """Tell whether grouped_mm takes these widths.
+
+    Args:
+        x_TD: inputs.
+        bases: base weights [O_i, D].
+        A: down projections [E, L, D].
+
+    Returns:
+        True when every row starts at a multiple of 16 bytes and this torch has the function.
+    """
+    D, L = x_TD.shape[1], A[0].shape[1]
+    return all(can_group(D, w.shape[0], L, x_TD.dtype) for w in bases)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Some neighbouring experts and their sorted pairs."""
+
+    experts: slice
+    """Which experts."""
+    pairs: slice
+    """Which sorted pairs."""
+    ends: Tensor
+    """int32 [experts of the run], end of each one's pairs within the run: grouped_mm's `offs`."""
+
+
+def _runs(plan: RoutePlan, width: int, itemsize: int) -> list[Run]:
+    """Cut the experts into runs whose gathered rows stay in a core's cache, and in memory that was touched before.
+
+    Every expert is in one run, and no run is without pairs; there is none at all when every pair was dropped.
+    """
+    offsets = plan.host_offsets
+    share = max(1, _CACHED_BYTES // (width * itemsize))
+    kept = plan.__dict__.setdefault("_runs", {})
+    if share not in kept:
+        bounds = [0]
+        for e in range(1, plan.num_experts):
+            # no run without pairs: grouped_mm would be asked for an empty product
+            more = offsets[e + 1] - offsets[bounds[-1]] > share
+            if more and offsets[bounds[-1]] < offsets[e] < offsets[-1]:
+                bounds.append(e)
+        kept[share] = [
+            Run(slice(a, b), slice(offsets[a], offsets[b]), plan.ends_E[a:b] - offsets[a])
+            for a, b in itertools.pairwise([*bounds, plan.num_experts])
+            if offsets[-1]
+        ]
+    return kept[share]
+
+
+def _sorted(plan: RoutePlan, weights: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [N] and order [N] of the sorted pairs, and their factors [N, 1]."""
+    N = plan.host_offsets[-1]
+    order_N, token_N = plan.order_P[:N], plan.sorted_token_P[:N]
+    return token_N, order_N, weights.reshape(-1).index_select(0, order_N).mul_(scale)[:, None]
+
+
+def _like_bank(like: Tensor, shape: Sequence[int], plan: RoutePlan) -> Tensor:
+    """A gradient that the runs will fill; zeros where there are none."""
+    return like.new_empty(shape) if plan.host_offsets[-1] else like.new_zeros(shape)
+
+
+def forward(
+    plan: RoutePlan,
+    scale: float,
+    x_TD: Tensor,
+    weights: Tensor,
+    bases: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    keep: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Compute the n results, and H of the pairs.
+
+    Args:
+        plan: the routing.
+        scale: factor on the sums.
+        x_TD: [T, D] inputs.
+        weights: [T, K] or [P].
+        bases: base weights [O_i, D].
+        biases: base biases [O_i] or None.
+        A: down projections [E, L, D].
+        B: up projections [E, O_i, L].
+        keep: return H for the backward.
+
+    Returns:
+        n results [T, O_i], and n tensors H [N, L] in sorted order, or ().
+    """
+    grouped_mm = torch.nn.functional.grouped_mm
+    token_N, _, factor_N1 = _sorted(plan, weights, scale)
+    x_ND = x_TD.index_select(0, token_N)
+    results, kept = [], []
+    for base_OD, bias_O, a_ELD, b_EOL in zip(bases, biases, A, B, strict=True):
+        H_NL = grouped_mm(x_ND, a_ELD.transpose(1, 2), offs=plan.ends_E)
+        G_NL = H_NL * factor_N1 if keep else H_NL.mul_(factor_N1)
+        y_TO = torch.nn.functional.linear(x_TD, base_OD, bias_O)
+        for run in _runs(plan, b_EOL.shape[1], x_TD.element_size()):
+            rows = grouped_mm(G_NL[run.pairs], b_EOL[run.experts].transpose(1, 2), offs=run.ends)
+            y_TO.index_add_(0, token_N[run.pairs], rows)
+        results.append(y_TO)
+        kept.append(H_NL)
+    return tuple(results), tuple(kept) if keep else ()
+
+
+def backward(
+    plan: RoutePlan,
+    scale: float,
+    needs: Needs,
+    x_TD: Tensor,
+    weights: Tensor,
+    kept: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    dys: Sequence[Tensor],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Compute the gradients that are asked for.
+
+    Args:
+        plan: the routing.
+        scale: factor on the sums.
+        needs: which gradients.
+        x_TD: [T, D] inputs.
+        weights: the forward's weights.
+        kept: H as `forward` gave it.
+        bases: base weights; read only for the gradient of x.
+        A: down projections.
+        B: up projections.
+        dys: gradients of the n results.
+
+    Returns:
+        Gradients of x, of the weights, and of the n bases, biases, A and B.
+    """
+    grouped_mm, n = torch.nn.functional.grouped_mm, len(dys)
+    need_base, need_bias, need_A, need_B = (needs.tensors[i * n : (i + 1) * n] for i in range(4))
+    token_N, order_N, factor_N1 = _sorted(plan, weights, scale)
+    dx = dw_N = dweights = None
+    dA: list[Tensor | None] = [None] * n
+    dB: list[Tensor | None] = [None] * n
+    if needs.x:
+        for dy_TO, w_OD in zip(dys, bases, strict=True):
+            dx = torch.mm(dy_TO, w_OD) if dx is None else dx.addmm_(dy_TO, w_OD)
+    size = x_TD.element_size()
+    for i, (dy_TO, a_ELD, b_EOL) in enumerate(zip(dys, A, B, strict=True)):
+        E, O, L = b_EOL.shape
+        need_U = needs.x or needs.weights or need_A[i]
+        dB_ELO = _like_bank(dy_TO, (E, L, O), plan) if need_B[i] else None
+        G_NL = kept[i] * factor_N1 if need_B[i] else None
+        U_NL = dy_TO.new_empty(len(token_N), L)
+        for run in _runs(plan, O, size):
+            dy_NO = dy_TO.index_select(0, token_N[run.pairs])
+            if dB_ELO is not None:
+                dB_ELO[run.experts] = grouped_mm(G_NL[run.pairs].t(), dy_NO, offs=run.ends)
+            if need_U:
+                U_NL[run.pairs] = grouped_mm(dy_NO, b_EOL[run.experts], offs=run.ends)
+        if dB_ELO is not None:
+            # a view in the layout of a bank that keeps B as [E, L, O]
+            dB[i] = dB_ELO.transpose(1, 2)
+        if not need_U:
+            continue
+        if needs.weights:
+            part_N = (U_NL * kept[i]).sum(-1)
+            dw_N = part_N if dw_N is None else dw_N.add_(part_N)
+        dH_NL = U_NL.mul_(factor_N1)
+        dA_ELD = _like_bank(dy_TO, a_ELD.shape, plan) if need_A[i] else None
+        for run in _runs(plan, x_TD.shape[1], size):
+            if dA_ELD is not None:
+                x_ND = x_TD.index_select(0, token_N[run.pairs])
+                dA_ELD[run.experts] = grouped_mm(dH_NL[run.pairs].t(), x_ND, offs=run.ends)
+            if dx is not None:
+                rows = grouped_mm(dH_NL[run.pairs], a_ELD[run.experts], offs=run.ends)
+                dx.index_add_(0, token_N[run.pairs], rows)
+        dA[i] = dA_ELD
+    if dw_N is not None:
+        dweights = weights.new_zeros(plan.num_pairs).index_copy_(0, order_N, dw_N.mul_(scale)).view_as(weights)
+    dbase = [dy_TO.t() @ x_TD if need else None for dy_TO, need in zip(dys, need_base, strict=True)]
+    dbias = [dy_TO.sum(0) if need else None for dy_TO, need in zip(dys, need_bias, strict=True)]
+    return dx, dweights, [*dbase, *dbias, *dA, *dB]
