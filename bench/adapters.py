@@ -163,7 +163,7 @@ def check_against_loop(base: nn.Module, batch: dict[str, Tensor]) -> float:
             bank, router = twin.moe_adapter_bank["default"], twin.moe_adapter_router["default"]
             with torch.no_grad():
                 bank.B.copy_(torch.randn(bank.B.shape, generator=generator) * 0.02)
-                module.router.weight.copy_(router.score.weight)
+                module.router.weight.copy_(router.scorer.weight)
                 for expert in range(bank.num_experts):
                     module.A[expert].copy_(bank.A[expert])
                     module.B[expert].copy_(bank.B[expert])

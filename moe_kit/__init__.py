@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_kit.adapters import RoutedAdapterConfig
 from moe_kit.depth import LayerRoutingConfig
-from moe_kit.errors import CheckpointError, ConfigError, KernelError, MoeKitError, RoutingError
+from moe_kit.errors import CheckpointError, ConfigError, KernelError, MoeKitError, RoutingError, TrainingError
 from moe_kit.moe.experts_backend import register as _register_experts_backend
 from moe_kit.routing import (
     Router,
@@ -45,6 +45,7 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingError",
+    "TrainingError",
     "force_experts",
     "load_adapters",
     "record_routing",

@@ -16,6 +16,7 @@ from torch import nn
 
 from moe_kit.errors import ConfigError
 from moe_kit.hf.adapter_files import check_adapter_folder
+from moe_kit.hf.model_card import complete_card
 from moe_kit.hf.registration import add_peft_type
 from moe_kit.hf.sharing import SHARING
 
@@ -199,6 +200,16 @@ class RoutedAdapterConfig(PeftConfig):
             )
         if self.expert_layout is not None:
             self.expert_pattern = {**self.expert_pattern, **layout_pattern(model, self.expert_layout)}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, and complete the model card beside it by how to load the adapter.
+
+        Args:
+            save_directory: folder.
+            **kwargs: as for PEFT.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        complete_card(save_directory, str(getattr(self.peft_type, "value", self.peft_type)))
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> RoutedAdapterConfig:

@@ -13,6 +13,7 @@ from typing import Any
 from peft.config import PeftConfig
 
 from moe_kit.errors import ConfigError
+from moe_kit.hf.model_card import complete_card
 from moe_kit.hf.registration import add_peft_type
 
 PEFT_TYPE = add_peft_type("MOE_DEPTH")
@@ -191,6 +192,16 @@ class LayerRoutingConfig(PeftConfig):
         for name in self.losses:
             if name not in LOSSES:
                 raise ConfigError(f"unknown routing loss {name!r}.{suggestion(name, LOSSES)}")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, and complete the model card beside it by how to load the adapter.
+
+        Args:
+            save_directory: folder.
+            **kwargs: as for PEFT.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        complete_card(save_directory, str(getattr(self.peft_type, "value", self.peft_type)))
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> LayerRoutingConfig:

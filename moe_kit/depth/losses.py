@@ -66,7 +66,7 @@ def rate(traces: Sequence[Trace], target: float) -> Tensor:
 
 def weight(traces: Sequence[Trace], target: float) -> Tensor:
     """Sum over units of the squared weights of the router's last map."""
-    return torch.stack([trace.router.score.last.weight.square().sum() for trace in traces]).sum()
+    return torch.stack([trace.router.scorer.last.weight.square().sum() for trace in traces]).sum()
 
 
 def target_rate(traces: Sequence[Trace], target: float) -> Tensor:

@@ -111,7 +111,7 @@ class ActionRouter(nn.Module):
 
     def __init__(self, config: LayerRoutingConfig, width: int) -> None:
         super().__init__()
-        self.score = Score(config, width)
+        self.scorer = Score(config, width)
         # top-k over a sequence looks at later tokens; the predictor learns to do without
         self.predictor = Affine(width, 1) if config.router == "capacity" else None
         if self.predictor is not None:
@@ -121,7 +121,7 @@ class ActionRouter(nn.Module):
         """Logits [..., 2] of a causal predictor of the top-k choice; no gradient into the hidden states."""
         logit = self.predictor(x.detach().float())
         zero = torch.zeros_like(logit)
-        return torch.cat([zero, logit] if self.score.execute == 1 else [logit, zero], dim=-1)
+        return torch.cat([zero, logit] if self.scorer.execute == 1 else [logit, zero], dim=-1)
 
 
 class FixedRouter(nn.Module):
@@ -210,12 +210,12 @@ def pooled_logits(router: ActionRouter, x_BSD: Tensor, mask_BS: Tensor, pooling:
         float32 [B, A].
     """
     if pooling == "tokens":
-        probabilities_BSA = router.score(x_BSD).softmax(-1)
+        probabilities_BSA = router.scorer(x_BSD).softmax(-1)
         weight_BS = mask_BS.float() / mask_BS.sum(1, keepdim=True).clamp_min(1)
         # a row without prompt has no evidence: its probabilities are all zero, and equal logits execute
         return torch.einsum("bs,bsa->ba", weight_BS, probabilities_BSA).clamp_min(1e-20).log()
     matrix_BWS, weight_BW = windows
-    logits_BWA = router.score(torch.bmm(matrix_BWS, x_BSD.float()))
+    logits_BWA = router.scorer(torch.bmm(matrix_BWS, x_BSD.float()))
     return torch.bmm(weight_BW[:, None], logits_BWA)[:, 0]
 
 

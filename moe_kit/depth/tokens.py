@@ -85,7 +85,7 @@ def decide_tokens(unit: DepthUnit, adapter: str, config: LayerRoutingConfig, x_B
     logits_TA = predicted_TA = target_T = gate_T = None
     blend = False
     if forced_T is None or learning:
-        logits_TA = router.score(x_TD)
+        logits_TA = router.scorer(x_TD)
     if learning and config.router == "capacity":
         predicted_TA = router.predict(x_TD)
         target_T = _top_tokens(logits_TA[:, execute], mask_T, batch, 1 - config.target_rate)

@@ -156,7 +156,7 @@ class DepthUnit(nn.Module, BaseTunerLayer):
         if not (self.training and torch.is_grad_enabled()):
             return False
         router = self.moe_depth_router[adapter] if adapter in self.moe_depth_router else None  # noqa: SIM401
-        return isinstance(router, ActionRouter) and router.score.last.weight.requires_grad
+        return isinstance(router, ActionRouter) and router.scorer.last.weight.requires_grad
 
     def forecaster(self, adapter: str) -> nn.Module | None:
         """The module that stands in for this unit under an adapter, if it has one."""

@@ -69,7 +69,8 @@ class Router(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.scope, self.weight = scope, weight
-        self.score, self.select, self.stepper = score, select, stepper
+        # not named `score`: PEFT takes any module whose name ends so for a classifier's head, and saves a copy of it
+        self.scorer, self.select, self.stepper = score, select, stepper
         self.losses = dict(losses or {})
         self.detach_input = detach_input
         self.freeze = None
@@ -117,9 +118,9 @@ class Router(nn.Module):
         Raises:
             RoutingError: if the task id is out of range.
         """
-        if not hasattr(self.score, "constant_logits") or getattr(self.select, "reads_tokens", False):
+        if not hasattr(self.scorer, "constant_logits") or getattr(self.select, "reads_tokens", False):
             return None
-        logits_1E = self.score.constant_logits(task_id)
+        logits_1E = self.scorer.constant_logits(task_id)
         if logits_1E is None:
             return None
         training = self.training
@@ -192,8 +193,8 @@ class Router(nn.Module):
         if not self._fuses or x.dim() != 3 or not context.is_free or torch.compiler.is_compiling():
             return False
         # from the dictionary: attribute lookup in a module is slow enough to be seen at one token
-        score, select = self._modules["score"], self._modules["select"]
-        # PEFT's `modules_to_save` may have wrapped the score
+        score, select = self._modules["scorer"], self._modules["select"]
+        # PEFT's `modules_to_save` may have wrapped it
         return type(score) is LinearScore and not (
             score._forward_hooks or score._forward_pre_hooks or select._forward_hooks or select._forward_pre_hooks
         )
@@ -210,7 +211,7 @@ class Router(nn.Module):
         """
         if not self._fuses_for(x, context) or self._forward_hooks or self._forward_pre_hooks:
             return None
-        score: Any = self._modules["score"]
+        score: Any = self._modules["scorer"]
         select: Any = self._modules["select"]
         return score.weight, select.k
 
@@ -238,7 +239,7 @@ class Router(nn.Module):
         from moe_kit_kernels import topk_gate
         from moe_kit_kernels.topk_gate.cpu import LinearGate, gate
 
-        score, k = self._modules["score"], self._modules["select"].k
+        score, k = self._modules["scorer"], self._modules["select"].k
         x_ND, weight_ED = x_BSD.reshape(-1, width), score._parameters["weight"]
         plain = x_ND.dtype is weight_ED.dtype is torch.float32 and x_ND.device.type == "cpu"
         if not plain or torch.is_autocast_enabled("cpu"):
@@ -258,7 +259,7 @@ class Router(nn.Module):
         return [part for part in (self.stepper, self.select, self.freeze) if isinstance(part, StepState)]
 
     def _logits(self, decisions: Decisions) -> tuple[Tensor, NoisyLogits | None]:
-        logits = self.score(decisions)
+        logits = self.scorer(decisions)
         noisy = logits if isinstance(logits, NoisyLogits) else None
         logits = logits if noisy is None else noisy.values_NE
         if decisions.pool_T is None:

@@ -126,7 +126,7 @@ def wake_routers(model, std=0.5):
     """Routers far from their start, balance state off zero, so that decisions differ."""
     generator = torch.Generator().manual_seed(11)
     for router in routers(model).values():
-        for value in [*router.score.parameters(), *router.select.parameters()]:
+        for value in [*router.scorer.parameters(), *router.select.parameters()]:
             with torch.no_grad():
                 value.copy_(torch.randn(value.shape, generator=generator) * std)
 
@@ -242,7 +242,7 @@ def renaming_experts_changes_nothing(case, tmp_path):
             order = (torch.arange(groups)[:, None] * each + within).flatten()
             orders[site] = order
             router = owner.moe_adapter_router[ADAPTER]
-            router.score.register_forward_hook(lambda m, a, logits, order=order: reorder(logits, order))
+            router.scorer.register_forward_hook(lambda m, a, logits, order=order: reorder(logits, order))
             for part in (router.stepper, router.select):
                 for buffer in part.buffers() if part is not None else ():
                     if buffer.dim() and buffer.shape[0] == bank.num_experts:
@@ -362,7 +362,7 @@ def routing_is_float32(case, tmp_path):
 def ties_go_to_the_lowest_index(case, tmp_path):
     model = case.model()
     for router in routers(model).values():
-        router.score.register_forward_hook(lambda m, a, logits: torch.ones_like(logits))
+        router.scorer.register_forward_hook(lambda m, a, logits: torch.ones_like(logits))
     for router in routers(model).values():
         if router.stepper is not None:
             for buffer in router.stepper.buffers():

@@ -357,7 +357,7 @@ class TestLayersCalledByHand:
         first = attention.q_proj(x)
         first.sum().backward()
         with torch.no_grad():
-            attention.q_proj.moe_adapter_router[NAME].score.weight.neg_()
+            attention.q_proj.moe_adapter_router[NAME].scorer.weight.neg_()
         second = attention.q_proj(x)
         second.sum().backward()
         assert not torch.equal(first, second)

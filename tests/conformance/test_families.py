@@ -272,6 +272,8 @@ class TestClassification:
         out.loss.backward()
         assert any("pooler" in key for key in gradients(model))
         assert any("router" in key for key in gradients(model))
+        # PEFT keeps a copy of every head that it finds by its name; a router's score must not look like one
+        assert [key for key in model.state_dict() if "modules_to_save" in key and "moe_adapter" in key] == []
 
     def test_bert_sequence_scope(self):
         model = wrap(seeded(bert), "SEQ_CLS", scope="sequence")

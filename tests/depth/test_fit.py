@@ -111,7 +111,7 @@ def test_policy_gradient_is_unbiased_on_one_layer():
     model = get_peft_model(tiny(), config).train()
     state = find_depth_state(model)
     settings, batch = FitConfig(samples=2, cost=0.5), labelled(rows=1)
-    last = model.get_base_model().model.layers[3].depth_unit.moe_depth_router["default"].score.last
+    last = model.get_base_model().model.layers[3].depth_unit.moe_depth_router["default"].scorer.last
     # even odds: a saturated router has no gradient to estimate
     torch.nn.init.zeros_(last.weight)
     mean, draws = 0.0, 300

@@ -59,9 +59,9 @@ def test_logits_are_averaged_not_inputs():
     x = torch.randn(1, 4, 4)
     mask = torch.ones(1, 4, dtype=torch.bool)
     actual = pooled_logits(router, x, mask, "windows", window_matrix(mask, 2))
-    halves = torch.stack([router.score(x[:, :2].mean(1)), router.score(x[:, 2:].mean(1))])
+    halves = torch.stack([router.scorer(x[:, :2].mean(1)), router.scorer(x[:, 2:].mean(1))])
     torch.testing.assert_close(actual, halves.mean(0))
-    assert not torch.allclose(actual, router.score(x.mean(1)))
+    assert not torch.allclose(actual, router.scorer(x.mean(1)))
 
 
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("static", "random")])
@@ -235,7 +235,7 @@ def test_gradient_reaches_the_router_and_never_the_base(preset, checkpointing):
         named = dict(model.named_parameters())
         assert all(named[name].requires_grad == ("moe_depth_" in name) for name in named)
     assert all("moe_depth_" in name for name in grads[0])
-    last = [grad for name, grad in grads[0].items() if "score.last.weight" in name]
+    last = [grad for name, grad in grads[0].items() if "scorer.last.weight" in name]
     assert len(last) >= 2
     assert all(grad.abs().sum() > 0 for grad in last)
     for name, grad in grads[0].items():

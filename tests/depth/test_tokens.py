@@ -194,7 +194,7 @@ def test_losses_are_what_their_formulas_say():
     assert float(LOSSES["target"](traces, 0.4)) == pytest.approx(abs(0.6 - 0.75))
     assert float(LOSSES["square"](traces, 0.0)) == pytest.approx((4 + 1) / 2)
     assert float(LOSSES["similarity"](traces, 0.0)) == pytest.approx(0.25)
-    torch.nn.init.constant_(router.score.last.weight, 0.5)
+    torch.nn.init.constant_(router.scorer.last.weight, 0.5)
     assert float(LOSSES["weight"](traces, 0.0)) == pytest.approx(2 * 4 * 0.25)
 
 

@@ -172,7 +172,7 @@ def flylora(k, rank, detach=False, absolute=False):
 def test_flylora_with_all_experts_is_lora_with_a_frozen_a():
     mixture = flylora(E, E)
     x = torch.randn(1, T, D)
-    assert_close("y", mixture(x), 2.0 * (x @ mixture.router.score.A.T) @ mixture.bank.B[..., 0])
+    assert_close("y", mixture(x), 2.0 * (x @ mixture.router.scorer.A.T) @ mixture.bank.B[..., 0])
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -180,7 +180,7 @@ def test_flylora_gives_k_columns_a_gradient(absolute):
     mixture = flylora(2, E, absolute=absolute)
     x = torch.randn(1, 1, D)
     mixture(x).sum().backward()
-    y = x[0, 0] @ mixture.router.score.A.T
+    y = x[0, 0] @ mixture.router.scorer.A.T
     chosen = (y.abs() if absolute else y).topk(2).indices
     used = torch.zeros(E, dtype=torch.bool)
     used[chosen] = True
@@ -223,7 +223,7 @@ def test_poly_and_mhr_equal_peft_poly_on_equal_weights(heads):
         layer.moe_adapter_bank["default"].B.copy_(theirs.poly_lora_B["default"].transpose(-1, -2).flatten(0, 1))
         logits = torch.randn(3, heads * 4)
         theirs.poly_router["default"].module_logits.copy_(logits)
-        layer.moe_adapter_router["default"].score.weight.copy_(logits)
+        layer.moe_adapter_router["default"].scorer.weight.copy_(logits)
     x = torch.randn(3, 4, D)
     tasks = torch.tensor([2, 0, 1])
     expected = theirs(x, task_ids=tasks)
@@ -266,4 +266,4 @@ def test_a_mixture_works_without_any_library():
     y = mixture(x, RoutingContext())
     assert y.shape == (2, 4, O)
     y.sum().backward()
-    assert router.score.weight.grad.abs().sum() > 0
+    assert router.scorer.weight.grad.abs().sum() > 0

@@ -147,7 +147,7 @@ def test_smooth_load_is_the_chance_of_being_chosen():
     torch.manual_seed(5)
     router = noisy_router().train()
     x = torch.randn(1, 3, 6)
-    score = router.score
+    score = router.scorer
     noisy = score(Decisions(x[0]))
     chance = noisy.chosen_probability(K)
     draws = 20_000
@@ -162,8 +162,8 @@ def test_cv_load_trains_the_router_and_needs_noise():
     router = noisy_router().train()
     routing = router(torch.randn(2, 9, 6))
     mean_loss(LOSSES["cv_load"], stack_routings([routing])).backward()
-    assert router.score.weight.grad.abs().sum() > 0
-    assert router.score.noise_weight.grad.abs().sum() > 0
+    assert router.scorer.weight.grad.abs().sum() > 0
+    assert router.scorer.noise_weight.grad.abs().sum() > 0
     with pytest.raises(ConfigError, match="noisy_linear"):
         value("cv_load", torch.randn(5, E))
 

@@ -141,7 +141,7 @@ def test_thresholds_move_after_the_step_and_settle_at_the_cut_off():
     before = router(x, RoutingContext()).chosen_NE()
     assert torch.equal(router.select.threshold, torch.zeros(E)), "moved before the step"
     optimizer.step()
-    logits = (x.flatten(0, 1) @ router.score.weight.T).detach()
+    logits = (x.flatten(0, 1) @ router.scorer.weight.T).detach()
     # 16 tokens, one of four experts each: the fourth best score; both passes of the step saw the same batch
     cut = logits.sort(dim=0, descending=True).values[3]
     assert_close("first step copies", router.select.threshold, cut)
@@ -163,7 +163,7 @@ def test_the_threshold_form_is_causal_and_the_top_form_is_not():
     ema = ema_router().eval()
     assert torch.equal(ema(x).chosen_NE()[:-1], ema(y).chosen_NE()[:-1])
     leaky = Router(
-        E, scope=TokenScope(), score=ema.score, select=SelectExpertChoice(2), weight=SelectedSoftmaxWeight()
+        E, scope=TokenScope(), score=ema.scorer, select=SelectExpertChoice(2), weight=SelectedSoftmaxWeight()
     ).eval()
     assert not torch.equal(leaky(x).chosen_NE()[:-1], leaky(y).chosen_NE()[:-1])
 

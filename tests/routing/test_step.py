@@ -156,7 +156,7 @@ def test_only_the_optimizer_of_the_model_moves_it():
     router, other = biased_router().train(), torch.nn.Linear(2, 2)
     track(router)
     stranger = torch.optim.SGD(other.parameters(), lr=0.1)
-    second = torch.optim.SGD([router.score.weight], lr=0.0)
+    second = torch.optim.SGD([router.scorer.weight], lr=0.0)
     router(skewed(), RoutingContext())
     other(torch.ones(1, 2)).sum().backward()
     stranger.step()
@@ -203,7 +203,7 @@ def relu_router():
 def test_sparsity_controller_follows_its_formula_and_is_one_for_the_model():
     pair = torch.nn.ModuleList([relu_router(), relu_router()]).train()
     with torch.no_grad():
-        pair[1].score.weight.abs_()
+        pair[1].scorer.weight.abs_()
     x = skewed()
     routings = [router(x, RoutingContext()) for router in pair]
     active = sum(routing.load_E().sum() for routing in routings) / (2 * routings[0].num_decisions * E)
@@ -252,7 +252,7 @@ def test_the_latch_falls_once_after_patience_steps_in_a_row():
     for step in range(9):
         # the third pass is peaked: the streak starts again
         with torch.no_grad():
-            router.score.weight.copy_(torch.randn(E, D) * 9 if step == 2 else torch.zeros(E, D))
+            router.scorer.weight.copy_(torch.randn(E, D) * 9 if step == 2 else torch.zeros(E, D))
         router(skewed(), RoutingContext())
         routing_step(router)
         factors.append(float(schedule.loss_factor("minimise_token_entropy")))
@@ -260,7 +260,7 @@ def test_the_latch_falls_once_after_patience_steps_in_a_row():
     assert factors == [0, 0, 0, 0, 0, 0, 0.25, 0.5, 0.75]
     for _ in range(3):
         with torch.no_grad():
-            router.score.weight.normal_(std=9.0)
+            router.scorer.weight.normal_(std=9.0)
         router(skewed(), RoutingContext())
         routing_step(router)
     assert float(schedule.switched_at) == 6, "one way"
@@ -303,7 +303,7 @@ def test_a_frozen_router_is_bit_constant_while_the_rest_trains(optimizer_class):
         x = skewed(seed=step)
         (router(x, RoutingContext()).weights_NK.sum() + expert(x).sum()).backward()
         optimizer.step()
-        values.append(router.score.weight.detach().clone())
+        values.append(router.scorer.weight.detach().clone())
         experts.append(expert.weight.detach().clone())
         if step == 3:
             # resuming takes the saved values as the frozen ones
@@ -372,7 +372,7 @@ def test_two_processes_move_like_one(tmp_path):
     moved = 0
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), f"{name} differs between the processes"
-        if "score" not in name:
+        if "scorer" not in name:
             assert_close(name, value, expected[name])
             moved += int((value != 0).any())
     assert moved >= 4

@@ -200,9 +200,9 @@ def test_sequence_scope_pools_the_prompt_alone(pool):
     logits = router(x, RoutingContext(mask_BS=mask, prompt_mask_BS=prompt)).logits_NE
     for row in range(2):
         tokens = x[row][prompt[row]]
-        each = tokens @ router.score.weight.T
+        each = tokens @ router.scorer.weight.T
         expected = {
-            "inputs": tokens.mean(0) @ router.score.weight.T,
+            "inputs": tokens.mean(0) @ router.scorer.weight.T,
             "logits": each.mean(0),
             "probabilities": each.softmax(-1).mean(0).log(),
         }[pool]
@@ -241,7 +241,7 @@ def test_constant_weights_of_parts():
     uniform = Router(E, scope=TokenScope(), score=UniformScore(E), select=SelectAll(), weight=SoftmaxWeight())
     assert_close("uniform", uniform.constant_weights(), torch.full((E,), 1 / E))
     table = Router(E, scope=TaskScope(3), score=TaskTableScore(3, E), select=SelectAll(), weight=SoftmaxWeight())
-    assert_close("row", table.constant_weights(2), table.score.weight.detach()[2].softmax(-1))
+    assert_close("row", table.constant_weights(2), table.scorer.weight.detach()[2].softmax(-1))
     assert table.constant_weights() is None
     with pytest.raises(RoutingError, match="task id 3"):
         table.constant_weights(3)

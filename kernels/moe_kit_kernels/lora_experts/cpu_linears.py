@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from moe_kit_kernels.lora_experts import cpu, cpu_pairs
 from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
 from moe_kit_kernels.lora_experts.needs import Needs
-from moe_kit_kernels.route_plan import RoutePlan, route_plan
+from moe_kit_kernels.route_plan import RoutePlan
 from moe_kit_kernels.topk_gate.cpu import gate, gate_logits_gradient
 
 
@@ -241,7 +241,8 @@ class GatedLinears(torch.autograd.Function):
         needs = Needs(need_x, need_x or need_router, tuple(others))
         logits_TE = torch.mm(x_TD, router_ED.t())
         ids_TK, weights_TK = gate(logits_TE, k)
-        plan = route_plan(ids_TK, router_ED.shape[0])
+        # the gate's own ids need no check
+        plan = RoutePlan(ids_TK.reshape(-1), x_TD.shape[0], router_ED.shape[0], k)
         results, kept = _form(how).forward(plan, scale, x_TD, weights_TK, bases, tensors[n : 2 * n], A, B, needs.hidden)
         held = [hold_frozen(w, need_x) for w in bases]
         ctx.call, ctx.needs, ctx.frozen = (how, plan, scale), needs, [frozen for frozen, _ in held]
