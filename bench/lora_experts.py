@@ -95,7 +95,8 @@ def _inputs(T: int, E: int, K: int, D: int, O: int, L: int) -> dict[str, Tensor]
     return {
         "x_TD": rand(T, D).requires_grad_(),
         "A_ELD": (rand(E, L, D) / D**0.5).requires_grad_(),
-        "B_EOL": (rand(E, O, L) / L**0.5).requires_grad_(),
+        # stored as [E, L, O], as LoRABank keeps it; all sides get the same
+        "B_EOL": (rand(E, L, O) / L**0.5).transpose(1, 2).requires_grad_(),
         "ids_TK": torch.rand(T, E, generator=generator).topk(K).indices,
         "weights_TK": torch.rand(T, K, generator=generator).requires_grad_(),
         "base_TO": rand(T, O).requires_grad_(),

@@ -217,9 +217,10 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         Returns:
             float [..., O] in the base output's dtype.
         """
-        banks = self.moe_adapter_bank
-        active = [] if self._disable_adapters else [name for name in self.active_adapters if name in banks]
-        if not active:
+        # plain attributes: a module's own lookup is slow enough to be seen at one token
+        active = self._active_adapter
+        active = [name for name in ([active] if isinstance(active, str) else active) if name in self.sites]
+        if self._disable_adapters or not active:
             return self.base_layer(x, *args, **kwargs)
         context = self._context(x)
         if not context.is_open:
@@ -240,7 +241,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             routing = self.routing(name, x, context)
             if routing.base_weight_T is not None:
                 out_TO = out_TO * routing.base_weight_T[:, None].to(out_TO.dtype)
-            out_TO = banks[name](x_TD, routing, out_TO)
+            out_TO = self.moe_adapter_bank[name](x_TD, routing, out_TO)
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
 
     def _step(self, step: DecodeStep, x: Tensor, context: RoutingContext) -> Tensor | None:

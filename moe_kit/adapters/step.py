@@ -119,12 +119,21 @@ class DecodeStep:
         """
         from moe_kit_kernels.lora_experts.cpu_decode import decode_linears
 
-        if routing.is_dense or routing.base_weight_N is not None:
+        ids_TK, weights_TK = routing.sparse_ids_NK, routing.sparse_weights_NK
+        if ids_TK is None or weights_TK is None or routing.base_weight_N is not None:
             return None
-        ids, weights = routing.expert_ids_TK.tolist(), routing.weights_TK.tolist()
+        if routing.decision_T is not None:
+            ids_TK, weights_TK = ids_TK[routing.decision_T], weights_TK[routing.decision_T]
         batch, length, width = self.shape
         x_TD = x.reshape(-1, width)
         results = decode_linears(
-            x_TD, self.weights, self.biases, self.experts_A, self.experts_B, ids, weights, self.scale
+            x_TD,
+            self.weights,
+            self.biases,
+            self.experts_A,
+            self.experts_B,
+            ids_TK.tolist(),
+            weights_TK.tolist(),
+            self.scale,
         )
         return [result.view(batch, length, -1) for result in results]
