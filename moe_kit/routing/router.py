@@ -26,7 +26,7 @@ from moe_kit.routing.decision import Routing
 from moe_kit.routing.schedule import FreezeSchedule
 from moe_kit.routing.scope import Decisions, Scope, TokenScope, pool_mean
 from moe_kit.routing.score import LinearScore, NoisyLogits, is_plain_linear
-from moe_kit.routing.select import Selection, is_plain_top_k
+from moe_kit.routing.select import Selection, SelectTopK, is_plain_top_k
 from moe_kit.routing.step import StepState
 from moe_kit.routing.weight import SelectedSoftmaxWeight, Weight
 
@@ -194,8 +194,9 @@ class Router(nn.Module):
             return False
         # from the dictionary: attribute lookup in a module is slow enough to be seen at one token
         score, select = self._modules["scorer"], self._modules["select"]
-        # PEFT's `modules_to_save` may have wrapped it
-        return type(score) is LinearScore and not (
+        # PEFT's `modules_to_save` may have wrapped the score, and parts may have been exchanged
+        same = (type(score), type(select), type(self.weight)) == (LinearScore, SelectTopK, SelectedSoftmaxWeight)
+        return same and not (
             score._forward_hooks or score._forward_pre_hooks or select._forward_hooks or select._forward_pre_hooks
         )
 

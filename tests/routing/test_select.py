@@ -8,10 +8,12 @@ import torch
 from moe_kit.errors import ConfigError
 from moe_kit.routing.capacity import SelectCapacity
 from moe_kit.routing.context import RoutingContext
-from moe_kit.routing.scope import Decisions
-from moe_kit.routing.select import SelectSampleK, SelectTopK, stable_top_k
+from moe_kit.routing.router import Router
+from moe_kit.routing.scope import Decisions, TokenScope
+from moe_kit.routing.score import LinearScore
+from moe_kit.routing.select import SelectAll, SelectSampleK, SelectTopK, stable_top_k
 from moe_kit.routing.threshold import ExcessWeight, SelectLearnedThreshold, SelectPositive, SelectTopP
-from moe_kit.routing.weight import SelectedSoftmaxWeight
+from moe_kit.routing.weight import ConstantWeight, SelectedSoftmaxWeight
 from tests.tolerances import assert_close
 
 CONTEXT = RoutingContext()
@@ -179,3 +181,19 @@ def test_capacity_refuses_nonsense():
     for options in ({"policy": "first"}, {"group": "row"}, {"factor": 0.0}, {"policy": "gshard"}):
         with pytest.raises(ConfigError):
             SelectCapacity(1, **options)
+
+
+def test_exchanged_parts_are_obeyed():
+    """A router decides by one operator where it can; parts that were exchanged afterwards end that."""
+
+    def router(select, weight):
+        torch.manual_seed(0)
+        return Router(4, scope=TokenScope(), score=LinearScore(8, 4), select=select, weight=weight)
+
+    x = torch.randn(1, 5, 8)
+    for select, weight in ((SelectAll(), SelectedSoftmaxWeight()), (SelectTopK(2), ConstantWeight(0.5))):
+        exchanged, wanted = router(SelectTopK(2), SelectedSoftmaxWeight()), router(select, weight)
+        before = exchanged(x).dense_NE()
+        exchanged.select, exchanged.weight = select, weight
+        assert torch.equal(exchanged(x).dense_NE(), wanted(x).dense_NE())
+        assert not torch.equal(exchanged(x).dense_NE(), before)
