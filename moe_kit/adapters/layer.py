@@ -280,10 +280,11 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.shares_any_input[name]):
                 self.steps[name] = DecodeStep.of(layers, name, x, routing)
             results = banks[0].linear_group(banks, x_TD, weights, biases, routing)
-        if results is None:
-            # no joint form: this one alone
-            layers, results = [self], (banks[0].linear(x_TD, weights[0], biases[0], routing),)
-            if results[0] is None:
+            if results is None and len(layers) > 1:
+                # no joint form: this one alone
+                layers = layers[:1]
+                results = banks[0].linear_group(banks[:1], x_TD, weights[:1], biases[:1], routing)
+            if results is None:
                 return None
         shaped = [result.view(*x.shape[:-1], result.shape[-1]) for result in results]
         if len(layers) > 1:

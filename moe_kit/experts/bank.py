@@ -42,20 +42,6 @@ class Bank(nn.Module, ABC):
             float [T, O] in the dtype of `base_TO` (else of `x_TD`): base + mixture.
         """
 
-    def linear(self, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, routing: Routing) -> Tensor | None:
-        """The frozen linear and the experts in one operator, where the bank has one.
-
-        Args:
-            x_TD: float [T, D].
-            weight_OD: frozen weight [O, D].
-            bias_O: frozen bias [O] or None.
-            routing: decisions for the T tokens.
-
-        Returns:
-            float [T, O], or None if this bank has no fused form for these inputs.
-        """
-        return None
-
     def lora_factors(self, weights_E: Tensor) -> tuple[Tensor, Tensor]:
         """The plain LoRA that this bank is under constant weights.
 
@@ -78,7 +64,7 @@ class Bank(nn.Module, ABC):
         biases_O: Sequence[Tensor | None],
         routing: Routing,
     ) -> tuple[Tensor, ...] | None:
-        """Several frozen linears with their banks over one input and one routing (q, k, v; gate, up).
+        """One or several frozen linears with their banks over one input and one routing (q, k, v; gate, up).
 
         Args:
             banks: one a linear.
@@ -88,7 +74,7 @@ class Bank(nn.Module, ABC):
             routing: decisions for the T tokens.
 
         Returns:
-            One float [T, O_i] a linear, or None if these banks have no joint form.
+            One float [T, O_i] a linear, or None if these banks have no such form for these inputs.
         """
         return None
 

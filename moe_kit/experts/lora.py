@@ -77,11 +77,6 @@ class LoRABank(Bank):
         weighted = self.B.detach()[used] * (weights_E.to(self.B)[used] * self.scale)[:, None, None]
         return self.A.detach()[used].flatten(0, 1), weighted.permute(1, 0, 2).flatten(1)
 
-    def linear(self, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, routing: Routing) -> Tensor | None:
-        """Frozen linear and experts in one operator; None with active dropout, which only the experts' input gets."""
-        results = LoRABank.linear_group((self,), x_TD, (weight_OD,), (bias_O,), routing)
-        return None if results is None else results[0]
-
     @staticmethod
     def linear_group(
         banks: Sequence[Bank],

@@ -25,8 +25,8 @@ from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.decision import Routing
 from moe_kit.routing.schedule import FreezeSchedule
 from moe_kit.routing.scope import Decisions, Scope, TokenScope, pool_mean
-from moe_kit.routing.score import LinearScore, NoisyLogits, is_plain_linear
-from moe_kit.routing.select import Selection, SelectTopK, is_plain_top_k
+from moe_kit.routing.score import NoisyLogits, is_plain_linear
+from moe_kit.routing.select import Selection, is_plain_top_k
 from moe_kit.routing.step import StepState
 from moe_kit.routing.weight import SelectedSoftmaxWeight, Weight
 
@@ -76,10 +76,6 @@ class Router(nn.Module):
         self.freeze = None
         if freeze_after is not None:
             self.freeze = FreezeSchedule(freeze_after, [score, select])
-        # the router that most methods have needs no parts one by one: product, choice and weights in one operator
-        plain = type(scope) is TokenScope and is_plain_linear(score) and is_plain_top_k(select)
-        plain = plain and type(weight) is SelectedSoftmaxWeight and stepper is None and freeze_after is None
-        self._fuses = plain and not detach_input
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # logits, thresholds and balance biases stay float32 when a model is cast: bfloat16 loses a step of 1e-3
@@ -189,15 +185,22 @@ class Router(nn.Module):
         return routing
 
     def _fuses_for(self, x: Tensor, context: RoutingContext) -> bool:
-        """Whether one operator decides: nothing from outside takes part and nobody listens to score or selection."""
-        if not self._fuses or x.dim() != 3 or not context.is_free or torch.compiler.is_compiling():
+        """Whether one operator gives logits, choice and weights: plain parts, nothing from outside, and nobody listens."""
+        if x.dim() != 3 or not context.is_free or torch.compiler.is_compiling():
+            return False
+        if self.detach_input or self.freeze is not None or self.stepper is not None:
+            return False
+        if type(self.scope) is not TokenScope or type(self.weight) is not SelectedSoftmaxWeight:
             return False
         # from the dictionary: attribute lookup in a module is slow enough to be seen at one token
         score, select = self._modules["scorer"], self._modules["select"]
-        # PEFT's `modules_to_save` may have wrapped the score, and parts may have been exchanged
-        same = (type(score), type(select), type(self.weight)) == (LinearScore, SelectTopK, SelectedSoftmaxWeight)
-        return same and not (
-            score._forward_hooks or score._forward_pre_hooks or select._forward_hooks or select._forward_pre_hooks
+        # looked at in every pass: parts may be exchanged, and PEFT's `modules_to_save` may wrap one
+        return (
+            is_plain_linear(score)
+            and is_plain_top_k(select)
+            and not (
+                score._forward_hooks or score._forward_pre_hooks or select._forward_hooks or select._forward_pre_hooks
+            )
         )
 
     def gate_parameters(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, int] | None:

@@ -1,4 +1,4 @@
-"""Frozen linears with their experts on pairs sorted by expert: only what was chosen is computed.
+"""Experts of one dtype and rank on pairs sorted by expert, added into results that are there: the `sorted` form.
 
 With s the sorted pairs, t(s) their tokens and f_s = scale * weight, for each of n projections:
 
@@ -6,9 +6,8 @@ With s the sorted pairs, t(s) their tokens and f_s = scale * weight, for each of
     backward   U = dy_t(s) B_e,       dw_s = scale * <U_s, H_s>,     dH = f U
                dB_e = (f H)_e^T dy,   dA_e = dH_e^T x,               dx_t(s) += dH A_e
 
-torch's grouped_mm walks the experts in C++. Pairs of x and of dy are gathered once and serve all that read them. The
-cost follows the number of pairs and hardly the number of experts, so from some dozen columns E*L on it beats the
-dense form of `cpu_linears`, whose signature this module shares.
+Only what was chosen is computed; torch's grouped_mm walks the experts in C++. The signature is that of `cpu_columns`,
+which is faster for 8 experts of rank 8 and slower for 64 of them (measured).
 
 Legend: T tokens, P pairs, N pairs that are not dropped, E experts, D width in, O width out, L rank, n projections.
 """
@@ -90,62 +89,59 @@ def _like_bank(like: Tensor, shape: Sequence[int], plan: RoutePlan) -> Tensor:
     return like.new_empty(shape) if plan.host_offsets[-1] else like.new_zeros(shape)
 
 
-def forward(
+def add(
     plan: RoutePlan,
     scale: float,
     x_TD: Tensor,
     weights: Tensor,
-    bases: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    results: list[Tensor],
     A: Sequence[Tensor],
     B: Sequence[Tensor],
+    *,
     keep: bool,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Compute the n results, and H of the pairs.
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Add the experts of n projections to their results.
 
     Args:
         plan: the routing.
         scale: factor on the sums.
         x_TD: [T, D] inputs.
         weights: [T, K] or [P].
-        bases: base weights [O_i, D].
-        biases: base biases [O_i] or None.
+        results: results so far [T, O_i], written over.
         A: down projections [E, L, D].
         B: up projections [E, O_i, L].
         keep: return H for the backward.
 
     Returns:
-        n results [T, O_i], and n tensors H [N, L] in sorted order, or ().
+        The results, and n tensors H [N, L] in sorted order, or ().
     """
     grouped_mm = torch.nn.functional.grouped_mm
     token_N, _, factor_N1 = _sorted(plan, weights, scale)
     x_ND = x_TD.index_select(0, token_N)
-    results, kept = [], []
-    for base_OD, bias_O, a_ELD, b_EOL in zip(bases, biases, A, B, strict=True):
+    kept = []
+    for y_TO, a_ELD, b_EOL in zip(results, A, B, strict=True):
         H_NL = grouped_mm(x_ND, a_ELD.transpose(1, 2), offs=plan.ends_E)
         G_NL = H_NL * factor_N1 if keep else H_NL.mul_(factor_N1)
-        y_TO = torch.nn.functional.linear(x_TD, base_OD, bias_O)
         for run in _runs(plan, b_EOL.shape[1], x_TD.element_size()):
             rows = grouped_mm(G_NL[run.pairs], b_EOL[run.experts].transpose(1, 2), offs=run.ends)
             y_TO.index_add_(0, token_N[run.pairs], rows)
-        results.append(y_TO)
         kept.append(H_NL)
-    return tuple(results), tuple(kept) if keep else ()
+    return results, tuple(kept) if keep else ()
 
 
-def backward(
+def gradients(
     plan: RoutePlan,
     scale: float,
     needs: Needs,
     x_TD: Tensor,
     weights: Tensor,
     kept: Sequence[Tensor],
-    bases: Sequence[Tensor],
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     dys: Sequence[Tensor],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Compute the gradients that are asked for.
+    dx: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Compute the gradients of the experts that are asked for.
 
     Args:
         plan: the routing.
@@ -153,30 +149,26 @@ def backward(
         needs: which gradients.
         x_TD: [T, D] inputs.
         weights: the forward's weights.
-        kept: H as `forward` gave it.
-        bases: base weights; read only for the gradient of x.
+        kept: H as `add` gave it.
         A: down projections.
         B: up projections.
         dys: gradients of the n results.
+        dx: gradient of x so far, written over; None when x wants none.
 
     Returns:
-        Gradients of x, of the weights, and of the n bases, biases, A and B.
+        Gradients of x and of the weights, and of the n A and n B.
     """
     grouped_mm, n = torch.nn.functional.grouped_mm, len(dys)
-    need_base, need_bias, need_A, need_B = (needs.tensors[i * n : (i + 1) * n] for i in range(4))
     token_N, order_N, factor_N1 = _sorted(plan, weights, scale)
-    dx = dw_N = dweights = None
+    dw_N = dweights = None
     dA: list[Tensor | None] = [None] * n
     dB: list[Tensor | None] = [None] * n
-    if needs.x:
-        for dy_TO, w_OD in zip(dys, bases, strict=True):
-            dx = torch.mm(dy_TO, w_OD) if dx is None else dx.addmm_(dy_TO, w_OD)
     size = x_TD.element_size()
     for i, (dy_TO, a_ELD, b_EOL) in enumerate(zip(dys, A, B, strict=True)):
         E, O, L = b_EOL.shape
-        need_U = needs.x or needs.weights or need_A[i]
-        dB_ELO = _like_bank(dy_TO, (E, L, O), plan) if need_B[i] else None
-        G_NL = kept[i] * factor_N1 if need_B[i] else None
+        need_U = needs.x or needs.weights or needs.A[i]
+        dB_ELO = _like_bank(dy_TO, (E, L, O), plan) if needs.B[i] else None
+        G_NL = kept[i] * factor_N1 if needs.B[i] else None
         U_NL = dy_TO.new_empty(len(token_N), L)
         for run in _runs(plan, O, size):
             dy_NO = dy_TO.index_select(0, token_N[run.pairs])
@@ -193,7 +185,7 @@ def backward(
             part_N = (U_NL * kept[i]).sum(-1)
             dw_N = part_N if dw_N is None else dw_N.add_(part_N)
         dH_NL = U_NL.mul_(factor_N1)
-        dA_ELD = _like_bank(dy_TO, a_ELD.shape, plan) if need_A[i] else None
+        dA_ELD = _like_bank(dy_TO, a_ELD.shape, plan) if needs.A[i] else None
         for run in _runs(plan, x_TD.shape[1], size):
             if dA_ELD is not None:
                 x_ND = x_TD.index_select(0, token_N[run.pairs])
@@ -204,6 +196,4 @@ def backward(
         dA[i] = dA_ELD
     if dw_N is not None:
         dweights = weights.new_zeros(plan.num_pairs).index_copy_(0, order_N, dw_N.mul_(scale)).view_as(weights)
-    dbase = [dy_TO.t() @ x_TD if need else None for dy_TO, need in zip(dys, need_base, strict=True)]
-    dbias = [dy_TO.sum(0) if need else None for dy_TO, need in zip(dys, need_bias, strict=True)]
-    return dx, dweights, [*dbase, *dbias, *dA, *dB]
+    return dx, dweights, dA, dB

@@ -18,7 +18,7 @@ from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocas
 from moe_kit_kernels.common.checks import check_shape, fail
 from moe_kit_kernels.cost_model import LoraShape, choose_lora, device_of
 from moe_kit_kernels.grouped_mm.backend import interpreting, resolve_backend
-from moe_kit_kernels.lora_experts import cpu_linears, cpu_pairs, cpu_single, ops  # noqa: F401 (ops registers the operators)
+from moe_kit_kernels.lora_experts import cpu_columns, cpu_linears, cpu_pairs, cpu_single, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
 from moe_kit_kernels.lora_experts.cpu_decode import decode, decode_linears
 from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
@@ -171,9 +171,10 @@ def run_experts(
         return decode(x_TD, A_ELD, B_EOL, decision.ids_TK.tolist(), weights, scale, base_TO, overwrite_base)
     plan = resolve_plan(operator, T, E, decision)
     if backend == "dense":
-        if cpu_single.fits(x_TD, weights, base_TO, A_ELD, B_EOL):
+        if cpu_columns.one_dtype(x_TD, weights, base_TO, A_ELD, B_EOL):
             if not training:
-                return cpu_single.forward(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL, False)[0]
+                one = (base_TO,), (A_ELD,), (B_EOL,)
+                return cpu_columns.add(plan, scale, x_TD, weights, *one, keep=False, owned=overwrite_base)[0][0]
             return cpu_single.DenseLora.apply(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL)
         group = Group(plan, scale, 1, linear=False, overwrite_base=overwrite_base)
         tensors = (base_TO, None, A_ELD, B_EOL)
@@ -276,11 +277,10 @@ def run_linears(
     if here and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
         plan = resolve_plan(operator, T, E, decision)
         if backend == "dense" or (plan is not None and cpu_pairs.fits(x_TD, weights_OD, A)):
+            tensors = [*weights_OD, *biases_O, *A, *B]
             if torch.is_grad_enabled():
-                tensors = [*weights_OD, *biases_O, *A, *B]
                 return cpu_linears.RoutedLinears.apply(backend, plan, scale, x_TD, decision.weights, *tensors)
-            form = cpu_linears if backend == "dense" else cpu_pairs
-            return form.forward(plan, scale, x_TD, decision.weights, weights_OD, biases_O, A, B, False)[0]
+            return tuple(cpu_linears.forward(backend, plan, scale, x_TD, decision.weights, tensors, False)[0])
     if backend != "dense":
         # the base product stays the vendor's; the experts are added into it
         if decision.plan is None and not everyone and backend != "decode":

@@ -275,8 +275,6 @@ def lora_designs(
             *(_gemm(T, E * L, O), *_passes(2 * C, 2 * C)),
             *(_gemm(T, D, E * L), _gemm(E * L, D, T), _gemm(O, E * L, T)),
         ]
-        found["loop over experts"] = [replace(cost, launches=E) for cost in found["sort + scatter + combine"]]
-        copied = 3.0 * P * L * (D + O) * _S
     else:
         # indices are left out everywhere
         least = float(X + banks + 2 * R + 2 * Y) * _S
@@ -290,8 +288,8 @@ def lora_designs(
             *_passes(R + E * L * O + P * O, P * O + 2 * Y),
         ]
         found["masked GEMM pair"] = [_gemm(T, E * L, D), *_passes(2 * C), _gemm(T, O, E * L, adds=True)]
-        found["loop over experts"] = [replace(cost, launches=E) for cost in found["sort + scatter + combine"]]
-        copied = 3.0 * P * L * (D + O) * _S
+    found["loop over experts"] = [replace(cost, launches=E) for cost in found["sort + scatter + combine"]]
+    copied = 3.0 * P * L * (D + O) * _S
     flops = 2.0 * P * L * (D + O) * (2 if backward else 1)
     best = found["moe_kit sorted" if chosen == "sorted" else "moe_kit dense"]
     return {

@@ -1,0 +1,153 @@
+"""Experts of one dtype and rank as columns of plain GEMMs, added into results that are there: the `dense` form.
+
+The mathematics of `cpu` (see there for the equations) for what most calls are: float32 or float64 everywhere. At some
+hundred tokens the general function's bookkeeping in Python costs as much as two GEMMs; here every line is one call.
+
+A bank that keeps B as [E, L, O] (a parameter of shape [E, O, L] with the strides of its transpose) is never copied:
+its B side by side, and the gradient of it, are views.
+
+Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = E*L columns of a projection, n projections.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_kit_kernels.lora_experts import cpu
+from moe_kit_kernels.lora_experts.needs import Needs
+from moe_kit_kernels.route_plan import RoutePlan
+
+
+def one_dtype(*tensors: Tensor | None) -> bool:
+    """Tell whether the straight line serves some tensors.
+
+    Args:
+        *tensors: any of them may be None.
+
+    Returns:
+        True when all have one dtype, float32 or float64.
+    """
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    return dtypes in ({torch.float32}, {torch.float64})
+
+
+def _joined(A: Sequence[Tensor]) -> Tensor:
+    """[n*C, D]: the A of all projections one below the other; no copy for one."""
+    return A[0].flatten(0, 1) if len(A) == 1 else torch.cat(tuple(A)).flatten(0, 1)
+
+
+def _factors(plan: RoutePlan | None, weights: Tensor, expand_EC: Tensor) -> Tensor:
+    """[T, n*C] scale * weight, repeated over the rank."""
+    if plan is None:
+        return torch.mm(weights, expand_EC[:-1])
+    return torch.mm(plan.gates_TE1(weights), expand_EC)
+
+
+def add(
+    plan: RoutePlan | None,
+    scale: float,
+    x_TD: Tensor,
+    weights: Tensor,
+    bases: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    *,
+    keep: bool,
+    owned: bool = True,
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Add the experts of n projections to their results.
+
+    Args:
+        plan: the routing; None when every expert is chosen.
+        scale: factor on the sums.
+        x_TD: [T, D] inputs.
+        weights: [T, K], [P] or [T, E].
+        bases: results so far [T, O_i]; None counts as zeros.
+        A: down projections [E, L, D].
+        B: up projections [E, O_i, L].
+        keep: gather H for the backward.
+        owned: write over the bases.
+
+    Returns:
+        n results [T, O_i], and H [P * n, L] (or [T, n*C] when every expert is chosen), or ().
+    """
+    n, (E, L, _D) = len(A), A[0].shape
+    H_TC = torch.mm(x_TD, _joined(A).t())
+    expand_EC = cpu.expansion(E, (L,) * n, scale, x_TD.dtype, x_TD.device)
+    factors_TC = _factors(plan, weights, expand_EC)
+    kept: tuple[Tensor, ...] = ()
+    if keep:
+        kept = (H_TC if plan is None else H_TC.view(-1, L).index_select(0, cpu.chosen_rows(plan, n)),)
+    G_TC = H_TC * factors_TC if keep and plan is None else H_TC.mul_(factors_TC)
+    results = []
+    for part_TC, base_TO, b_EOL in zip(G_TC.split(E * L, dim=1), bases, B, strict=True):
+        Bt_CO = cpu.join_up(b_EOL, x_TD.dtype).t()
+        if base_TO is None:
+            results.append(torch.mm(part_TC, Bt_CO))
+        else:
+            results.append(base_TO.addmm_(part_TC, Bt_CO) if owned else torch.addmm(base_TO, part_TC, Bt_CO))
+    return results, kept
+
+
+def gradients(
+    plan: RoutePlan | None,
+    scale: float,
+    needs: Needs,
+    x_TD: Tensor,
+    weights: Tensor,
+    kept: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    dx: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
+    """Compute the gradients of the experts that are asked for.
+
+    Args:
+        plan: the routing.
+        scale: factor on the sums.
+        needs: which gradients.
+        x_TD: [T, D] inputs.
+        weights: the forward's weights.
+        kept: H as `add` gave it.
+        A: down projections.
+        B: up projections.
+        dys: gradients of the n results.
+        dx: gradient of x so far, written over; None counts as zeros.
+
+    Returns:
+        Gradients of x and of the weights, and of the n A and n B.
+    """
+    n, (T, D), (E, L, _) = len(dys), x_TD.shape, A[0].shape
+    C, need_A = E * L, any(needs.A)
+    expand_EC = cpu.expansion(E, (L,) * n, scale, x_TD.dtype, x_TD.device)
+    factors_TC = _factors(plan, weights, expand_EC)
+    dweights = None
+    dA: Sequence[Tensor | None] = (None,) * n
+    dB: list[Tensor | None] = [None] * n
+    if needs.x or needs.weights or need_A:
+        if n == 1:
+            U_TC = torch.mm(dys[0], cpu.join_up(B[0], x_TD.dtype))
+        else:
+            U_TC = x_TD.new_empty(T, n * C)
+            for dy_TO, b_EOL, out in zip(dys, B, U_TC.split(C, dim=1), strict=True):
+                torch.mm(dy_TO, cpu.join_up(b_EOL, x_TD.dtype), out=out)
+    if kept:
+        H_TC = cpu.spread_chosen(tuple(kept), plan, (L,) * n)
+        if needs.weights:
+            dweights = cpu.gate_gradient(U_TC, H_TC, expand_EC, plan, weights)
+        if any(needs.B):
+            G_TC = H_TC * factors_TC if plan is None else H_TC.mul_(factors_TC)
+            for i, (dy_TO, part_TC) in enumerate(zip(dys, G_TC.split(C, dim=1), strict=True)):
+                if needs.B[i]:
+                    # a view in the layout of a bank that keeps B as [E, L, O]: autograd takes it without a copy
+                    dB[i] = torch.mm(part_TC.t(), dy_TO).view(E, L, -1).transpose(1, 2)
+    if needs.x or need_A:
+        dH_TC = U_TC.mul_(factors_TC)
+        if need_A:
+            dA = torch.mm(dH_TC.t(), x_TD).view(n * E, L, D).split(E)
+        if needs.x:
+            A_CD = _joined(A)
+            dx = torch.mm(dH_TC, A_CD) if dx is None else dx.addmm_(dH_TC, A_CD)
+    return dx, dweights, dA, dB
