@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,9 @@ from moe_kit.depth.state import find_depth_state
 from moe_kit.errors import CheckpointError, ConfigError
 from moe_kit.hf.saving import save_adapters
 from moe_kit.training.data import Example, load_examples
+from moe_kit.training.depth_recipe import DepthRecipe, PhaseConfig, SearchSection, load_depth_recipe, settings_of
 from moe_kit.training.encoding import Collator, EncodedExamples, encode_prompt
 from moe_kit.training.models import load_model_and_tokenizer
-from moe_kit.training.recipe import DataConfig, ModelConfig, _build, find_config, is_layer_recipe, read_yaml
 from moe_kit.training.results import write_atomically
 
 __all__ = [
@@ -52,157 +51,6 @@ __all__ = [
 ]
 
 DEPTH, LORA = "depth", "lora"
-_KINDS = ("supervised", "end_to_end", "forecasters", "policy", "lora", "importance")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseConfig:
-    """One phase of training."""
-
-    kind: str
-    """`supervised`, `end_to_end`, `forecasters`, `policy`, `lora` (routers frozen and hard), or `importance` (no
-    training: the least important layers become the static router's)."""
-
-    batch_size: int = 8
-    """Examples in a step."""
-
-    settings: dict = field(default_factory=dict)
-    """Fields of `moe_kit.depth.fit.FitConfig`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchSection:
-    """The label search."""
-
-    output: str = "outputs/depth_labels.jsonl"
-    """JSONL file of labels; an interrupted search goes on from it."""
-
-    questions: int = 200
-    """Training examples that are searched."""
-
-    scorer: str = "likelihood"
-    """`likelihood`: exp(-loss per answer token); `exact`: the task's own scorer on a greedy answer."""
-
-    max_new_tokens: int = 16
-    """Longest answer under `exact`."""
-
-    settings: dict = field(default_factory=dict)
-    """Fields of `moe_kit.depth.search.SearchConfig`. Under `likelihood`, `correct` is the lowest probability a token
-    (geometric mean) that counts as right."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DepthRecipe:
-    """Everything about one run."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The base model."""
-
-    data: DataConfig
-    """Where examples come from."""
-
-    preset: str
-    """Preset of `LayerRoutingConfig`."""
-
-    settings: dict = field(default_factory=dict)
-    """Further fields of `LayerRoutingConfig`."""
-
-    base_adapter: str | None = None
-    """Folder of a LoRA adapter to merge into the base model first: the model fine-tuned on the tasks."""
-
-    lora: dict | None = None
-    """Fields of PEFT's `LoraConfig` for an adapter beside the router; needed by the `lora` phase."""
-
-    phases: tuple[PhaseConfig, ...] = ()
-    """Phases in order; none for `random` and an evenly spaced `static`."""
-
-    search: SearchSection = field(default_factory=SearchSection)
-    """The label search that `supervised` reads."""
-
-    eval_batch_size: int = 16
-    """Rows of an evaluation batch."""
-
-    seed: int = 0
-    """Seed of the router's weights and of the order of examples."""
-
-    output_dir: str = "outputs/depth"
-    """Where the adapters and `results.json` go."""
-
-    def validate(self) -> None:
-        """Check what the sections' own types do not.
-
-        Raises:
-            ConfigError: naming the field.
-        """
-        LayerRoutingConfig.from_preset(self.preset, **self.settings)
-        for index, phase in enumerate(self.phases):
-            if phase.kind not in _KINDS:
-                raise ConfigError(f"phases.{index}.kind is {phase.kind!r}, expected one of {', '.join(_KINDS)}.")
-            if phase.kind == "lora" and self.lora is None:
-                raise ConfigError(f"phases.{index} trains LoRA but the recipe has no `lora` section: give its fields.")
-            _settings(FitConfig, phase.settings, f"phases.{index}.settings")
-        if self.search.scorer not in ("likelihood", "exact"):
-            raise ConfigError(f"search.scorer is {self.search.scorer!r}, expected 'likelihood' or 'exact'.")
-        _settings(SearchConfig, self.search.settings, "search.settings")
-
-
-def _settings(kind: type, values: dict, where: str) -> Any:
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}; known: {', '.join(kind.__dataclass_fields__)}.") from error
-
-
-def load_depth_recipe(source: str | Path | dict, overrides: Sequence[str] = ()) -> DepthRecipe:
-    """Read a recipe.
-
-    Args:
-        source: a YAML file, the name of a shipped one (`depth/first`), or its content as a dict.
-        overrides: words such as `--search.questions 20`, values in YAML.
-
-    Returns:
-        The checked recipe.
-
-    Raises:
-        ConfigError: if it cannot be read, or a key or value is wrong.
-    """
-    import yaml
-
-    values = deepcopy(source) if isinstance(source, dict) else read_yaml(find_config(source))
-    if not isinstance(source, dict) and not is_layer_recipe(values):
-        raise ConfigError(
-            f"{source} is no recipe for a layer router: it needs a top-level `preset`, as depth/first has."
-        )
-    words = [part for word in overrides for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-        raise ConfigError(f"options are {list(overrides)}, expected pairs such as --search.questions 20.")
-    for key, text in zip(words[::2], words[1::2]):
-        try:
-            _place(values, key, yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: {text!r} is not a YAML value") from None
-    recipe = _build(DepthRecipe, values, "")
-    recipe.validate()
-    return recipe
-
-
-def _place(values: dict[str, Any], option: str, value: Any) -> None:
-    """Set `--a.b.0.c` in nested mappings and lists; mappings that are missing are made."""
-    names = option[2:].replace("-", "_").split(".")
-    place: Any = values
-    for depth, name in enumerate(names, start=1):
-        if isinstance(place, list):
-            if not name.isdigit() or int(name) >= len(place):
-                raise ConfigError(f"{option}: {name!r} is no place in a list of {len(place)}, numbered from 0")
-        elif not isinstance(place, dict):
-            raise ConfigError(f"{option}: {name!r} lies inside {place!r}, which is a single value")
-        key: Any = int(name) if isinstance(place, list) else name
-        if depth == len(names):
-            place[key] = value
-            return
-        if isinstance(place, dict) and place.get(key) is None:
-            place[key] = {}
-        place = place[key]
 
 
 @dataclass
@@ -336,7 +184,7 @@ def search_layers(
         evaluate,
         num_layers=state.num_layers,
         routable=sorted(state.units[DEPTH]),
-        config=_settings(SearchConfig, settings, "search.settings"),
+        config=settings_of(SearchConfig, settings, "search.settings"),
         output=recipe.search.output,
         progress=step,
     )
@@ -434,7 +282,7 @@ def train_layers(recipe: DepthRecipe, *, on_step: Callable[[str, int, float], No
     Raises:
         CheckpointError: if `supervised` finds no labels; `moe-kit search-layers` makes them.
     """
-    need = max([_settings(FitConfig, p.settings, "").steps * p.batch_size for p in recipe.phases], default=64)
+    need = max([settings_of(FitConfig, p.settings, "").steps * p.batch_size for p in recipe.phases], default=64)
     work = open_recipe(recipe, max(need, recipe.search.questions))
     results: dict[str, Any] = {"preset": recipe.preset, "seed": recipe.seed, "phases": []}
     for phase in recipe.phases:
@@ -455,7 +303,7 @@ def train_layers(recipe: DepthRecipe, *, on_step: Callable[[str, int, float], No
 
 
 def _run_phase(work: OpenRecipe, phase: PhaseConfig, step: Callable[[int, float], None]) -> list[float]:
-    config = _settings(FitConfig, phase.settings, "phases.settings")
+    config = settings_of(FitConfig, phase.settings, "phases.settings")
     batches = work.batches(phase.batch_size)
     if phase.kind == "supervised":
         return _supervised(work, phase, config, step)

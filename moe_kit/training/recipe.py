@@ -10,17 +10,15 @@ Not here: building anything from a recipe (`models`, `data`, `adapters`, `run`).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from moe_kit.errors import ConfigError
+from moe_kit.training.fields import build, plain
+from moe_kit.training.recipe_files import find_config, is_layer_recipe, read_yaml, shipped_configs
 
 __all__ = [
     "AdapterConfig",
@@ -306,7 +304,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
         >>> recipe_from_dict({"data": {"file": "a.jsonl"}, "train": {"max_steps": 3}}).train.max_steps
         3
     """
-    return _build(Recipe, values, "").validate()
+    return build(Recipe, values, "").validate()
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -320,7 +318,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     """
     import yaml
 
-    values = _plain(dataclasses.asdict(recipe))
+    values = plain(dataclasses.asdict(recipe))
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
     if yaml.safe_load(text) == values:
         return text
@@ -351,151 +349,3 @@ def load_recipe(source: str | Path) -> Recipe:
         return recipe_from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file.
-
-    Args:
-        path: An existing file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        ConfigError: The file cannot be read, is not YAML, or holds something else than a mapping.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        got = "an empty file" if values is None else type(values).__name__
-        raise ConfigError(f"{path}: got {got}, expected a mapping with keys model, adapter, data, ...")
-    return values
-
-
-def is_layer_recipe(values: Mapping[str, Any]) -> bool:
-    """Whether the content of a recipe is about a layer router (`configs/depth/`), not about an adapter.
-
-    Args:
-        values: What `read_yaml` gave.
-    """
-    return "preset" in values and "adapter" not in values
-
-
-def find_config(source: str | Path) -> Path:
-    """Find the YAML file that a name on the command line means.
-
-    Args:
-        source: A YAML file, a folder with `recipe.yaml`, or the name of a shipped config without its ending.
-
-    Returns:
-        The path of an existing file.
-
-    Raises:
-        ConfigError: There is none; the message lists the shipped configs.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"
-    shipped = shipped_configs()
-    if str(source) in shipped:
-        return shipped[str(source)]
-    near = difflib.get_close_matches(str(source).removesuffix(".yaml"), shipped, n=1)
-    near = near or difflib.get_close_matches(Path(source).stem, shipped, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    what = "a folder without recipe.yaml" if path.is_dir() else "no such file, no such shipped config"
-    raise ConfigError(
-        f"config {str(source)!r}: {what}; expected a YAML file, a folder that `moe-kit train` wrote, or a shipped name.{hint}"
-        f" Shipped: {', '.join(shipped) or 'none'}."
-    )
-
-
-def shipped_configs() -> dict[str, Path]:
-    """List the recipes that come with the package.
-
-    Returns:
-        Name -> path, those for adapters first, those for layer routers as `depth/first`. In a checkout they live in `configs/`
-        beside the package.
-    """
-    package = Path(str(resources.files("moe_kit")))
-    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
-    if folder is None:
-        return {}
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
-    # adapters first, in the order of their names
-    return dict(sorted(found.items(), key=lambda item: (item[0].count("/"), item[0])))
-
-
-def _build(kind: type, values: Any, where: str) -> Any:
-    """Build the dataclass `kind` from a mapping; `where` is the dotted name for messages."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'recipe'}: got {_shown(values)}, expected a mapping of {kind.__name__} fields")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            raise ConfigError(f"unknown key {_dotted(where, key)!r}: {hint}")
-    for name, spec in fields.items():
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise ConfigError(f"{_dotted(where, name)} is missing")
-    return kind(**{key: _convert(hints[key], value, _dotted(where, key)) for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check `value` against the type `hint`, turning lists into tuples, mappings into dataclasses, ints into floats."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{where}: got {_shown(value)}, expected a list")
-        return tuple(_convert(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: got {_shown(value)}, expected a mapping")
-        return dict(value)
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-3 (no dot) as text
-        try:
-            value = float(value)
-        except ValueError:
-            raise ConfigError(f"{where}: got {_shown(value)}, expected a number") from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where}: got {_shown(value)}, expected {hint.__name__}")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Turn tuples into lists, which is all that plain YAML knows."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _dotted(where: str, key: Any) -> str:
-    """Join a dotted name."""
-    return f"{where}.{key}" if where else str(key)
-
-
-def _shown(value: Any) -> str:
-    """Show a wrong value with its type."""
-    return f"{value!r} ({type(value).__name__})"
