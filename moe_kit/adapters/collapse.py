@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.layer import RoutedLayer
 from moe_kit.errors import RoutingError
 
@@ -31,12 +32,17 @@ def collapse_to_lora(
 
     Raises:
         RoutingError: if the routing depends on the input and no weights were given, the weights do not fit, or a bank
-            is no matrix under constant weights. The model is then left as it was.
+            is no matrix under constant weights, or the adapter holds more than linears. The model is then left as it was.
 
     Example:
         `lora = collapse_to_lora(model, task_id=2); merged = lora.merge_and_unload()`
     """
     adapter = model.active_adapter
+    if any(isinstance(m, AdaptedExperts) and adapter in m.moe_adapter_bank for m in model.modules()):
+        raise RoutingError(
+            f"{adapter!r} also adapts the base's own experts (target_parameters), which a LoRA of linears cannot hold: "
+            "train those in an adapter of their own and merge it first."
+        )
     layers = {path: module for path, module in model.named_modules() if isinstance(module, RoutedLayer)}
     factors = {}
     for path, layer in layers.items():

@@ -36,6 +36,13 @@ class RoutedAdapterConfig(PeftConfig):
         default=None, metadata={"help": "Linears to adapt: names, a regular expression, or 'all-linear'."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Linears to leave alone."})
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Stacked expert weights of a mixture-of-experts base, such as 'experts.gate_up_proj': each base expert "
+            "gets one LoRA of rank r, chosen by the base's own router. Without target_modules nothing else is adapted."
+        },
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt; None adapts all."}
     )
@@ -125,7 +132,7 @@ class RoutedAdapterConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "target_parameters"):
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value))
@@ -167,6 +174,20 @@ class RoutedAdapterConfig(PeftConfig):
             )
         if self.router_sharing not in SHARING:
             raise ConfigError(f"router_sharing is {self.router_sharing!r}, expected one of {', '.join(SHARING)}.")
+        if self.target_parameters is not None and (
+            isinstance(self.target_parameters, str)
+            or not self.target_parameters
+            or not all(isinstance(name, str) for name in self.target_parameters)
+        ):
+            raise ConfigError(
+                f"target_parameters is {self.target_parameters!r}, expected a list of names such as "
+                "['experts.gate_up_proj', 'experts.down_proj'], or none."
+            )
+        if self.target_parameters and self.from_adapters:
+            raise ConfigError(
+                "from_adapters makes experts of linears and target_parameters adapts the base's own experts: use two "
+                "adapters, one for each."
+            )
         if self.causal_leak not in (None, "allow"):
             raise ConfigError(f"causal_leak is {self.causal_leak!r}, expected 'allow' or none.")
         if self.num_tasks is not None and (not isinstance(self.num_tasks, int) or self.num_tasks < 1):

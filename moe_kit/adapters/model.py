@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, NoMatchingPeftModuleError
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
+from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.external import fill_experts, read_adapters
 from moe_kit.adapters.layer import RoutedLayer
-from moe_kit.adapters.targets import ALL_LINEAR, all_linears, describe, nothing_matched
+from moe_kit.adapters.targets import ALL_LINEAR, all_linears, describe, expert_parameters, nothing_matched
 from moe_kit.errors import CheckpointError, ConfigError, RoutingError
 from moe_kit.hf.delivery import announce
 from moe_kit.hf.hooks import attach, detach
@@ -29,13 +33,13 @@ _CONTAINER = re.compile(r"\.(moe_adapter_bank|moe_adapter_router)\.")
 
 
 class RoutedAdapterModel(BaseTuner):
-    """Wraps the linears of a model with routed adapters.
+    """Wraps the linears of a model with routed adapters, and on request the experts of its base with a LoRA each.
 
     Made by `peft.get_peft_model(model, RoutedAdapterConfig(...))`.
     """
 
     prefix: str = "moe_adapter_"
-    tuner_layer_cls = RoutedLayer
+    tuner_layer_cls = (RoutedLayer, AdaptedExperts)
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -48,12 +52,17 @@ class RoutedAdapterModel(BaseTuner):
             **kwargs: as for PEFT.
 
         Raises:
-            ConfigError: if no linear matches, or the configuration does not fit the other adapters.
+            ConfigError: if nothing matches, or the configuration does not fit the other adapters.
         """
         config = self.peft_config[adapter_name]
         imported = read_adapters(config)
         config.check_model(model)
         self._check_balance_scope(config, adapter_name)
+        if config.target_parameters:
+            config.target_parameters = expert_parameters(model, config)
+            # PEFT would fill in its defaults
+            config.target_modules = config.target_modules or []
+            logger.info("%s adapts the base's experts: %s", adapter_name, describe(config.target_parameters))
         if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
             config.target_modules = all_linears(model, config)
             # the paths name the layers already
@@ -64,7 +73,11 @@ class RoutedAdapterModel(BaseTuner):
         # routers of this adapter by sharing group, filled as linears are visited
         self.__dict__.setdefault("_router_owners", {})[adapter_name] = {}
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                if config.target_parameters:
+                    # PEFT compares patterns with linears only, and would call those of experts ignored
+                    warnings.filterwarnings("ignore", "The following rank_pattern keys")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             if not _is_routed(model):
                 detach(model)
@@ -104,6 +117,37 @@ class RoutedAdapterModel(BaseTuner):
         owners.setdefault(group, layer)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(
+        self, peft_config: RoutedAdapterConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        # PEFT's own wraps a module once for each of its weights, and refuses a wrapper that is not LoRA's
+        modules: dict[str, list[str]] = {}
+        for full_name in peft_config.target_parameters or ():
+            path, _, name = full_name.rpartition(".")
+            modules.setdefault(path, []).append(name)
+        for path, names in modules.items():
+            parent, target, target_name = _get_submodules(model, path)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                layer = target if isinstance(target, AdaptedExperts) else AdaptedExperts(target, path)
+                layer.update_layer(adapter_name, peft_config, names, adapter_name not in self.active_adapters)
+            if layer is not target:
+                self._replace_module(parent, target_name, layer, target)
+        return list(peft_config.target_parameters or ())
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AdaptedExperts):
+            # PEFT would look for one `weight`, as linears have it
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _check_merge_allowed(self) -> None:
+        # before PEFT has merged half of the model
+        for module in self.model.modules():
+            if isinstance(module, RoutedLayer):
+                module.merge()
+        super()._check_merge_allowed()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

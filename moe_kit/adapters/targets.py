@@ -2,7 +2,8 @@
 
 `"all-linear"` means the linears that every token passes once: attention and feed-forward of each layer. It leaves out
 the output head (PEFT's rule), a base mixture's router, and the linears of single base experts, which see a share of
-the tokens that depends on the routing. Each of those is adapted when it is named.
+the tokens that depends on the routing. Each of those is adapted when it is named: linears in `target_modules`, stacked
+expert weights in `target_parameters`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.config import RoutedAdapterConfig, suggestion
 from moe_kit.errors import ConfigError
+from moe_kit.hf.experts import stacked_weights
 
 ALL_LINEAR = "all-linear"
 
@@ -65,18 +68,73 @@ def all_linears(model: nn.Module, config: RoutedAdapterConfig) -> list[str]:
     of_base_mixture = [path for path in paths if _belongs_to_base_mixture(path, model)]
     paths = [path for path in paths if path not in set(of_base_mixture)]
     if config.layers_to_transform is not None:
-        wanted = config.layers_to_transform
-        layers = {wanted} if isinstance(wanted, int) else set(wanted)
-        paths = [path for path in paths if _layer_of(path, config.layers_pattern) in layers]
+        paths = [path for path in paths if _layer_of(path, config.layers_pattern) in _layers(config)]
     if not paths:
         raise nothing_matched(model, config)
     if of_base_mixture or _has_expert_parameters(model):
         logger.warning(
-            "all-linear on a mixture-of-experts base adapts %s; its router and its experts are left alone%s.",
+            "all-linear on a mixture-of-experts base adapts %s; its router and its experts are left alone%s%s.",
             describe(paths),
             f" ({describe(of_base_mixture)}: name them to adapt them)" if of_base_mixture else "",
+            "" if config.target_parameters else " (target_parameters adapts its experts)",
         )
     return paths
+
+
+def expert_parameters(model: nn.Module, config: RoutedAdapterConfig) -> list[str]:
+    """Stacked expert weights that `target_parameters` names.
+
+    A name stands for every weight whose path is it or ends in it, as PEFT matches; `layers_to_transform` is obeyed.
+
+    Args:
+        model: the inner model, with or without adapters.
+        config: its `target_parameters` are set.
+
+    Returns:
+        Full names without the wrappers of adapters, in the model's order.
+
+    Raises:
+        ConfigError: if a name matches none; the nearest is suggested. Also if another method wraps the experts.
+    """
+    known, wrapped = [], []
+    for path, module in model.named_modules():
+        outer = path.removesuffix(".base_layer")
+        if outer == path or isinstance(model.get_submodule(outer), AdaptedExperts):
+            known += [f"{outer}.{name}" for name in stacked_weights(module)]
+        elif stacked_weights(module):
+            wrapped.append(outer)
+    wanted = config.target_parameters or []
+    for name in wanted:
+        if any(_ends_in(path, name) for path in known):
+            continue
+        if wrapped:
+            raise ConfigError(
+                f"target_parameters names {name!r}, but another method wraps these experts already ({wrapped[0]}): "
+                "adapt them by one method."
+            )
+        names = sorted({".".join(path.rsplit(".", 2)[1:]) for path in known})
+        hint = suggestion(name, names) if names else ""
+        raise ConfigError(
+            f"target_parameters names {name!r}, which is no stacked expert weight of this {type(model).__name__}."
+            f"{hint if 'mean' in hint else ''} Such weights: {', '.join(names) or 'none'}."
+        )
+    found = [path for path in known if any(_ends_in(path, name) for name in wanted)]
+    if config.layers_to_transform is not None:
+        found = [path for path in found if _layer_of(path, config.layers_pattern) in _layers(config)]
+        if not found:
+            raise ConfigError(
+                f"target_parameters = {wanted!r} matches nothing in layers {config.layers_to_transform}: no experts there."
+            )
+    return found
+
+
+def _ends_in(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _layers(config: RoutedAdapterConfig) -> set[int]:
+    wanted = config.layers_to_transform
+    return {wanted} if isinstance(wanted, int) else set(wanted or ())
 
 
 def describe(paths: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.layer import RoutedLayer
 from moe_kit.errors import RoutingError
 
@@ -26,7 +27,7 @@ def copy_experts(model: nn.Module, source: str, target: str) -> None:
     """
     pairs = []
     for path, layer in model.named_modules():
-        if not isinstance(layer, RoutedLayer):
+        if not isinstance(layer, (RoutedLayer, AdaptedExperts)):
             continue
         banks = layer.moe_adapter_bank
         if (source in banks) != (target in banks):
