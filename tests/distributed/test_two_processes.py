@@ -57,8 +57,9 @@ def test_gradients_are_those_of_one_process(ranks, tmp_path, case):
             assert_close(f"rank {rank}: {key}", results[case][key], value)
 
 
-def test_the_two_scopes_differ(ranks):
+@pytest.mark.parametrize("kind", ["", "_typed"])
+def test_the_two_scopes_differ(ranks, kind):
     """The batch is uneven enough for the test above to tell one from the other."""
-    one, two = ranks[0]["micro"], ranks[0]["global"]
+    one, two = ranks[0][f"micro{kind}"], ranks[0][f"global{kind}"]
     gaps = [(one[key] - two[key]).norm() / one[key].norm() for key in one if "router" in key]
     assert min(gaps) > 1e-2

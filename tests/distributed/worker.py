@@ -10,16 +10,29 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
-from moe_kit import RoutedTrainer
+from moe_kit import RoutedTrainer, routing_inputs
 from moe_kit.training.trainer import PolicyConfig
 from tests.conformance.common import gradients, routed, rows
 
+
+class TypedTrainer(Trainer):
+    """Hands each row's type of data to the routers, as a user's training step does."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        types = inputs.pop("task_types")
+        with routing_inputs(self.accelerator.unwrap_model(model), task_types=types):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+
 SAMPLES = 3
 AUX = dict(losses={"switch": 1.0, "z": 0.1}, target_modules=["q_proj", "up_proj"])
+TYPED = {**AUX, "preset": "dense_lora_moe", "losses": {"cv_typed": 1.0}, "loss_options": {"cv_typed": {"delta": 0.3}}}
 CASES = {
     "micro": (Trainer, AUX, {}),
     "global": (Trainer, {**AUX, "balance_scope": "global"}, {}),
     "global_smoothed": (RoutedTrainer, {**AUX, "balance_scope": "global"}, {"label_smoothing_factor": 0.1}),
+    "micro_typed": (TypedTrainer, TYPED, {"remove_unused_columns": False}),
+    "global_typed": (TypedTrainer, {**TYPED, "balance_scope": "global"}, {"remove_unused_columns": False}),
     "sampled": (
         RoutedTrainer,
         dict(preset="remix", target_modules=["down_proj"], layers_to_transform=[1], score_options={"init_std": 0.5}),
@@ -40,12 +53,15 @@ class Caught(torch.optim.SGD):
         self.caught = gradients(self.model)
 
 
-def data():
-    """Four rows with different numbers of labels and some padding."""
+def data(typed=False):
+    """Four rows with different numbers of labels and some padding, and on request a type of data each."""
     examples = rows(4)
     for index, row in enumerate(examples):
         row["labels"][: 1 + index] = -100
         row["attention_mask"][:index] = 0
+        if typed:
+            # the processes hold different shares of the two types
+            row["task_types"] = torch.tensor(int(index in (1, 2, 3)))
     return examples
 
 
@@ -84,7 +100,10 @@ def run(case, folder, size, steps):
         **overrides,
     )
     try:
-        trainer = trainer_class(model=model, args=arguments, train_dataset=data(), optimizers=(optimizer, None), **more)
+        examples = data(typed=trainer_class is TypedTrainer)
+        trainer = trainer_class(
+            model=model, args=arguments, train_dataset=examples, optimizers=(optimizer, None), **more
+        )
         trainer.train()
     finally:
         torch.rand_like = original

@@ -1,12 +1,14 @@
 """The results table and its file."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from moe_kit.errors import CheckpointError, ConfigError
-from moe_kit.evaluation.scores import Score
+from moe_kit.evaluation.scores import Score, mean_score
+from moe_kit.training.recipe import load_recipe
 from moe_kit.training.results import (
     Results,
     read_results,
@@ -29,8 +31,8 @@ RESULTS = Results(
 )
 
 
-def render(results):
-    console = Console(width=120, record=True, file=io.StringIO())
+def render(results, width=120):
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(results_table(results))
     return console.export_text()
 
@@ -77,3 +79,23 @@ def test_stored_row():
     assert note == "elsewhere"
     with pytest.raises(ConfigError, match=r"eval.compare_row.a: got 50"):
         stored_scores({"a": 50})
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_remix"])
+def test_the_quickstarts_show_plain_lora_with_its_origin(name):
+    """Each task has a stored score, it is the measured one of docs/measurements.md, and the table says where it is from."""
+    recipe = load_recipe(name)
+    scores, note = stored_scores(recipe.eval.compare_row)
+    assert list(scores) == [task.name for task in recipe.data.tasks]
+    assert "quickstart_lora" in note
+    assert f"{load_recipe('quickstart_lora').train.max_steps} steps" in note
+    measured = (Path(__file__).parents[2] / "docs" / "measurements.md").read_text()
+    found = Score(accuracy=0.9, stderr=0.03, count=100)
+    constants = {task: ("1", Score(accuracy=0.05, stderr=0.02, count=100)) for task in scores}
+    results = Results(name="ours", ours=dict.fromkeys(scores, found), constants=constants, lora=scores, lora_note=note)
+    text = " ".join(render(results, width=80).split())
+    for task, score in scores.items():
+        assert f"{task} {score}" in " ".join(measured.split())
+        assert str(score) in text
+    assert str(mean_score(scores)) in text
+    assert "quickstart_lora" in text
