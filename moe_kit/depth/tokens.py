@@ -1,36 +1,24 @@
-"""Per-token decisions: which tokens run an attention or an MLP, and how to run only those.
+"""Deciding for single tokens; `sparse` carries it out.
 
-Keys and values of a skipped token are still written, so every later token sees it and every cache is whole:
+A whole block a token (Mixture-of-Depths, arXiv 2404.02258) is its attention and its MLP obeying one decision.
 
-    MLP         token_gather, the MLP on the short batch, token_scatter
-    attention   keys and values for all tokens, then queries, attention and output for the kept ones only
-    decode      no token runs: only keys and values are computed
-
-Source of the policy: SkipGPT arXiv 2506.04179, FlexiDepth arXiv 2503.23798; a whole block a token (Mixture-of-Depths)
-is its attention and its MLP obeying one decision.
-
-Shapes: B rows, S sequence, T = B*S tokens, D width, N kept tokens, K keys.
+Shapes: B rows, S sequence, T = B*S tokens, D width, A actions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, LayerRoutingConfig
-from moe_kit.depth.execute import Call
 from moe_kit.depth.losses import Trace
-from moe_kit.depth.narrow import running_tokens
 from moe_kit.depth.routers import choose
 from moe_kit.errors import RoutingError
-from moe_kit.hf.cache import CacheView, KeysGiven, KeysWritten
 
 if TYPE_CHECKING:
     from moe_kit.depth.unit import DepthUnit
@@ -44,8 +32,9 @@ class TokenDecision:
         action_T: int64 [T], action codes.
         gate_T: float32 [T], weight of executing; None = 1 where executed and 0 elsewhere.
         blend: compute both branches for every token and mix them by the gate (training with Gumbel noise).
-        run: True if every token executes, False if none does, None if they differ.
-        approximate: True if some token is approximated.
+        running: tokens that execute.
+        approximated: tokens that are approximated.
+        widest: tokens that execute in the row that has most of them.
         trace: where losses look, in training.
         batch: rows, B.
     """
@@ -53,8 +42,9 @@ class TokenDecision:
     action_T: Tensor
     gate_T: Tensor | None
     blend: bool
-    run: bool | None
-    approximate: bool
+    running: int
+    approximated: int
+    widest: int
     trace: Trace | None = None
     batch: int = 1
 
@@ -108,14 +98,16 @@ def decide_tokens(unit: DepthUnit, adapter: str, config: LayerRoutingConfig, x_B
         if state.routing.context.is_open:
             state.traces.append(trace)
     run_T = action_T == EXECUTE
-    # one read on the host: it is what lets a token really skip
-    some, every, approximate = torch.stack([run_T.any(), run_T.all(), (action_T == APPROXIMATE).any()]).tolist()
+    # one read on the host: it is what lets a token really skip, and no later step has to wait for a count
+    away_T = action_T == APPROXIMATE
+    running_B = run_T.view(batch, length).sum(1)
+    *counts, approximated = torch.cat([running_B, away_T.sum()[None]]).tolist()
     unit.register_tokens(adapter, action_T, mask_T)
     scaled = gate_T if blend or config.branch_scale != "none" else None
     if scaled is not None and config.branch_scale == "straight_through" and not blend:
         # value 1 on the branch that was taken, gradient of the gate
         scaled = scaled - scaled.detach() + run_T if learning else None
-    return TokenDecision(action_T, scaled, blend, True if every else None if some else False, approximate, trace, batch)
+    return TokenDecision(action_T, scaled, blend, sum(counts), approximated, max(counts, default=0), trace, batch)
 
 
 def _other(config: LayerRoutingConfig) -> int:
@@ -150,191 +142,3 @@ def _top_tokens(score_T: Tensor, mask_T: Tensor | None, batch: int, share: float
         1, order_BS, torch.arange(order_BS.shape[1], device=order_BS.device).expand_as(order_BS)
     )
     return ((rank_BS < count_B1) & mask_BS).view(-1)
-
-
-def run_tokens(call: Call, x_BSD: Tensor, decision: TokenDecision, forecaster: nn.Module | None) -> Any:
-    """Carry out a token decision at an attention or MLP.
-
-    Args:
-        call: the module's own forward.
-        x_BSD: float [B, S, D], the module's input.
-        decision: what each token does.
-        forecaster: stand-in for approximated tokens.
-
-    Returns:
-        What the module returns.
-
-    Raises:
-        RoutingError: if a token is to be approximated without a forecaster.
-    """
-    if decision.approximate and forecaster is None:
-        raise RoutingError("action 3 (approximate) needs a forecaster, but forecaster_hidden is not set in the config.")
-    learning = torch.is_grad_enabled() and call.module.training
-    if decision.blend:
-        return _blend(call, x_BSD, decision, forecaster)
-    if decision.run is True and decision.gate_T is None:
-        return call(x_BSD)
-    width = x_BSD.shape[-1]
-    base_TD = _base(x_BSD.reshape(-1, width), decision, forecaster)
-    if decision.run is False:
-        if call.kind == "attention":
-            _write_keys(call, x_BSD)
-        return call.wrap(base_TD.view_as(x_BSD))
-    if decision.run is True or (call.kind == "attention" and learning):
-        out_TD = call.output(x_BSD).reshape(-1, width)
-        if decision.gate_T is not None:
-            out_TD = out_TD * decision.gate_T[:, None].to(out_TD.dtype)
-        run_T = (decision.action_T == EXECUTE)[:, None]
-        return call.wrap(torch.where(run_T, out_TD, base_TD).view_as(x_BSD))
-    if call.kind == "mlp":
-        return _sparse_mlp(call, x_BSD, base_TD, decision)
-    return _sparse_attention(call, x_BSD, base_TD, decision)
-
-
-def _base(x_TD: Tensor, decision: TokenDecision, forecaster: nn.Module | None) -> Tensor:
-    """What the tokens get that do not run: nothing, or a forecast times what the gate leaves."""
-    from moe_kit_kernels import token_gather, token_scatter
-
-    base_TD = torch.zeros_like(x_TD)
-    if not decision.approximate:
-        return base_TD
-    assert forecaster is not None
-    weights_T = None if decision.gate_T is None else _other_weight(decision)
-    x_ND, index_N = token_gather(x_TD, decision.action_T == APPROXIMATE)
-    return token_scatter(forecaster(x_ND), index_N, base_TD, weights_T=weights_T)
-
-
-def _other_weight(decision: TokenDecision) -> Tensor:
-    # 1 - g; straight through this is 1 in value, with the gradient of -g
-    assert decision.gate_T is not None
-    return 1 - decision.gate_T
-
-
-def _blend(call: Call, x_BSD: Tensor, decision: TokenDecision, forecaster: nn.Module | None) -> Any:
-    """g F(x) + (1 - g) G(x) with both computed for every token; measures how much F changes its input."""
-    increment = call.output(x_BSD)
-    gate = decision.gate_T.view(*x_BSD.shape[:-1], 1).to(increment.dtype)
-    trace = decision.trace
-    if trace is not None:
-        cosine_BS = functional.cosine_similarity(x_BSD.float(), (x_BSD + increment).float(), dim=-1)
-        trace.dissimilarity_N = (1 - cosine_BS).reshape(-1)
-    other = call.identity(x_BSD) if forecaster is None else forecaster(x_BSD)
-    return call.wrap(gate * increment + (1 - gate) * other)
-
-
-def _sparse_mlp(call: Call, x_BSD: Tensor, base_TD: Tensor, decision: TokenDecision) -> Any:
-    from moe_kit_kernels import token_gather, token_scatter
-
-    x_ND, index_N = token_gather(x_BSD.reshape(base_TD.shape), decision.action_T == EXECUTE)
-    batch, length = x_BSD.shape[:2]
-    with running_tokens(call.routing, index_N[None], batch, length, flat=True):
-        out_ND = call.output(x_ND[None])[0]
-    return token_scatter(out_ND, index_N, base_TD, weights_T=decision.gate_T).view_as(x_BSD)
-
-
-class _Captured(CacheView):
-    """Writes keys and values, keeps what the attention would have read, and leaves the attention."""
-
-    keys: Tensor
-    values: Tensor
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.cache is not None:
-            keys, values = self.cache.update(keys, values, layer_idx, *args, **kwargs)
-        self.keys, self.values = keys, values
-        raise KeysWritten
-
-
-def _write_keys(call: Call, x_BSD: Tensor) -> _Captured | None:
-    """Compute and write keys and values of all tokens, nothing else; None if there is nothing to write to."""
-    name = call.cache_name or _cache_argument(call)
-    if call.cache is None and name is None:
-        return None
-    captured = _Captured(call.cache)
-    try:
-        with _silent(call.module, ("q_proj",)):
-            call(x_BSD, **{name: captured})
-    except KeysWritten:
-        return captured
-    raise RoutingError(
-        f"{type(call.module).__name__} does not write its keys through `{name}.update`: token scope cannot route it; "
-        "use units='mlp' or scope='sequence'."
-    )
-
-
-def _cache_argument(call: Call) -> str | None:
-    return next((name for name in ("past_key_values", "layer_past") if name in call.kwargs), None)
-
-
-@contextmanager
-def _silent(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    """Let some projections of an attention return zeros without work, where nobody reads their result."""
-    stubbed = []
-    for name in names:
-        child = module._modules.get(name)
-        width = getattr(child, "out_features", None)
-        if child is not None and isinstance(width, int):
-            child.__dict__["forward"] = lambda x, *args, width=width, **kwargs: x.new_zeros((*x.shape[:-1], width))
-            stubbed.append(child)
-    try:
-        yield
-    finally:
-        for child in stubbed:
-            del child.__dict__["forward"]
-
-
-def _sparse_attention(call: Call, x_BSD: Tensor, base_TD: Tensor, decision: TokenDecision) -> Any:
-    batch, length, width = x_BSD.shape
-    keep_BS = (decision.action_T == EXECUTE).view(batch, length)
-    mask = call.kwargs.get("attention_mask")
-    dense = mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4)
-    captured = None if dense else _write_keys(call, x_BSD)
-    if captured is None:
-        # masks we cannot cut (flash or flex attention): dense attention, results selected
-        out_TD = call.output(x_BSD).reshape(-1, width)
-        return call.wrap(_select(out_TD, base_TD, decision).view_as(x_BSD))
-    # kept tokens to the front of each row; short rows are filled with skipped tokens, whose results are dropped
-    order_BS = keep_BS.long().sort(dim=1, descending=True, stable=True).indices
-    index_BN = order_BS[:, : int(keep_BS.sum(1).max())]
-    name = call.cache_name or _cache_argument(call)
-    assert name is not None
-    changes: dict[str, Any] = {
-        name: KeysGiven(call.cache, captured.keys, captured.values),
-        "attention_mask": _mask_rows(mask, index_BN, captured.keys.shape[-2], length),
-    }
-    embeddings = call.kwargs.get("position_embeddings")
-    if embeddings is not None:
-        changes["position_embeddings"] = tuple(_take(part, index_BN) for part in embeddings)
-    positions = call.kwargs.get("position_ids")
-    if positions is not None:
-        changes["position_ids"] = positions.expand(batch, -1).gather(1, index_BN)
-    x_BND = x_BSD.gather(1, index_BN[..., None].expand(-1, -1, width))
-    kept = running_tokens(call.routing, index_BN, batch, length, flat=False)
-    with kept, _silent(call.module, ("k_proj", "v_proj")):
-        out_BND = call.output(x_BND, **changes)
-    full = x_BSD.new_zeros(batch, length, width).scatter(1, index_BN[..., None].expand(-1, -1, width), out_BND)
-    return call.wrap(_select(full.view(-1, width), base_TD, decision).view_as(x_BSD))
-
-
-def _select(out_TD: Tensor, base_TD: Tensor, decision: TokenDecision) -> Tensor:
-    if decision.gate_T is not None:
-        out_TD = out_TD * decision.gate_T[:, None].to(out_TD.dtype)
-    return torch.where((decision.action_T == EXECUTE)[:, None], out_TD, base_TD)
-
-
-def _take(value: Tensor, index_BN: Tensor) -> Tensor:
-    """Tokens of [B or 1, S, ...] at index_BN."""
-    value = value.expand(index_BN.shape[0], *value.shape[1:])
-    return value.gather(1, index_BN[..., None].expand(-1, -1, value.shape[-1]))
-
-
-def _mask_rows(mask: Tensor | None, index_BN: Tensor, keys: int, length: int) -> Tensor:
-    """Mask [B, 1, N, K] of the kept tokens; without a mask the attention was causal over all keys."""
-    batch = index_BN.shape[0]
-    if mask is not None:
-        rows = mask.expand(batch, *mask.shape[1:])
-        return rows.gather(2, index_BN[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
-    # several tokens without a mask start a sequence, whatever the room of a static cache; one token sees all keys
-    past = 0 if length > 1 else keys - 1
-    allowed = torch.arange(keys, device=index_BN.device)[None, None] <= (index_BN + past)[..., None]
-    return allowed[:, None]

@@ -19,8 +19,9 @@ from moe_kit.depth.config import EXECUTE, LayerRoutingConfig
 from moe_kit.depth.execute import Call, run_rows
 from moe_kit.depth.routers import ActionRouter, FixedRouter, Forecaster
 from moe_kit.depth.rows import decide_rows
+from moe_kit.depth.sparse import run_tokens
 from moe_kit.depth.state import DepthState, Quiet
-from moe_kit.depth.tokens import decide_tokens, run_tokens
+from moe_kit.depth.tokens import decide_tokens
 from moe_kit.errors import RoutingError
 from moe_kit.routing.decision import Routing
 

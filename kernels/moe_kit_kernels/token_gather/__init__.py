@@ -62,7 +62,7 @@ def token_gather(
         return reference.token_gather(x_TD, index_N), index_N
     if x_TD.device.type == "cpu":
         index_N = keep_T.nonzero().squeeze(1)
-        if bound is not None:
+        if bound is not None and index_N.shape[0] != bound:
             if index_N.shape[0] > bound:
                 raise KernelError(
                     f"token_gather: {index_N.shape[0]} tokens are kept but bound is {bound}; "
@@ -77,23 +77,31 @@ def token_gather(
 
 
 def token_scatter(
-    y_ND: Tensor, index_N: Tensor, base_TD: Tensor, *, weights_T: Tensor | None = None, backend: str = "auto"
+    y_ND: Tensor,
+    index_N: Tensor,
+    base_TD: Tensor | None,
+    *,
+    num_tokens: int | None = None,
+    weights_T: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Add the packed results, each times its token's weight, to `base_TD`; tokens without a slot keep their base.
 
     Args:
         y_ND: Results `[N, D]` of the unit on packed tokens.
-        index_N: int64 `[N]` from `token_gather`: no token twice, used slots first, then -1.
-        base_TD: `[T, D]`, usually the residual stream. Not modified.
+        index_N: int64 `[N]` from `token_gather`: no token twice, used slots first, then -1. Several of them without
+            unused slots may be concatenated.
+        base_TD: `[T, D]`, usually the residual stream. Not modified. None: zeros, which are neither made nor read.
+        num_tokens: T, where there is no base.
         weights_T: Weight of each token, `[T]` floating (float32 from a router); None = 1. Gets a gradient, zero for
             tokens without a slot.
         backend: As for `token_gather`.
 
     Returns:
-        `[T, D]` of `base_TD`'s dtype; the sum is made in at least float32, in one fixed order.
+        `[T, D]` of the dtype of `base_TD`, else of `y_ND`; the sum is made in at least float32, in one fixed order.
 
     Raises:
-        KernelError: Wrong shapes, dtypes or devices.
+        KernelError: Wrong shapes, dtypes or devices; both or neither of `base_TD` and `num_tokens`.
 
     Example:
         >>> import torch
@@ -101,26 +109,36 @@ def token_scatter(
         [[0.0, 0.0], [1.0, 1.0]]
     """
     _check_tokens("token_scatter", y_ND, "y_ND")
-    _check_tokens("token_scatter", base_TD, "base_TD")
-    if y_ND.shape[1] != base_TD.shape[1]:
+    if (base_TD is None) == (num_tokens is None):
         raise KernelError(
-            f"token_scatter: y_ND has width {y_ND.shape[1]} but base_TD has width {base_TD.shape[1]}; they must agree"
+            f"token_scatter: got base_TD {'and' if base_TD is not None else 'None and no'} num_tokens; pass the base, or "
+            "None and the number of tokens"
         )
+    if base_TD is not None:
+        _check_tokens("token_scatter", base_TD, "base_TD")
+        if y_ND.shape[1] != base_TD.shape[1]:
+            raise KernelError(
+                f"token_scatter: y_ND has width {y_ND.shape[1]} but base_TD has width {base_TD.shape[1]}; they must agree"
+            )
+        num_tokens = base_TD.shape[0]
     if index_N.dtype is not torch.int64 or index_N.shape != y_ND.shape[:1]:
         raise KernelError(
             f"token_scatter: index_N must be int64 of shape {tuple(y_ND.shape[:1])}, got {index_N.dtype} "
             f"{tuple(index_N.shape)}; pass the index that token_gather returned"
         )
-    _check_device("token_scatter", base_TD, y_ND=y_ND, index_N=index_N, weights_T=weights_T)
-    if weights_T is not None and (weights_T.shape != base_TD.shape[:1] or not weights_T.is_floating_point()):
+    _check_device(
+        "token_scatter", y_ND if base_TD is None else base_TD, y_ND=y_ND, index_N=index_N, weights_T=weights_T
+    )
+    if weights_T is not None and (weights_T.shape != (num_tokens,) or not weights_T.is_floating_point()):
         raise KernelError(
-            f"token_scatter: weights_T must be floating of shape {tuple(base_TD.shape[:1])}, got {weights_T.dtype} "
+            f"token_scatter: weights_T must be floating of shape {(num_tokens,)}, got {weights_T.dtype} "
             f"{tuple(weights_T.shape)}"
         )
-    name = resolve_backend("token_scatter", backend, base_TD.device, portable=True)
+    name = resolve_backend("token_scatter", backend, y_ND.device, portable=True)
     if name == "reference" or torch.compiler.is_compiling():
+        base_TD = y_ND.new_zeros(num_tokens, y_ND.shape[1]) if base_TD is None else base_TD
         return reference.token_scatter(y_ND, index_N, base_TD, weights_T)
-    return TokenScatter.apply(y_ND, index_N, base_TD, weights_T, name)
+    return TokenScatter.apply(y_ND, index_N, base_TD, num_tokens, weights_T, name)
 
 
 def _check_tokens(operator: str, x: Tensor, name: str = "x_TD") -> None:

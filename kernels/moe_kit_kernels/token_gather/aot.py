@@ -38,7 +38,7 @@ def variants(arch: str) -> list[Variant]:
                 function=add_rows_kernel,
                 pointers=pointers,
                 integers={"D": D, "stride_base": D, "stride_y": D},
-                **{**common, "constants": {"BN": 1024, "WEIGHTS": True}},
+                **{**common, "constants": {"BN": 1024, "BASE": True, "WEIGHTS": True}},
             )
         )
         pointers = {"dy_ptr": "*bf16", "y_ptr": "*bf16", "weight_ptr": "*fp32", "index_ptr": "*i64"}

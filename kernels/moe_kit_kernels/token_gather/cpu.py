@@ -37,8 +37,10 @@ def spread(x_ND: Tensor, index_N: Tensor, num_tokens: int) -> Tensor:
     return x_ND.new_zeros(num_tokens + 1, x_ND.shape[1]).index_copy_(0, row_N, x_ND)[:num_tokens]
 
 
-def scatter(y_ND: Tensor, index_N: Tensor, base_TD: Tensor, weights_T: Tensor | None) -> Tensor:
+def scatter(y_ND: Tensor, index_N: Tensor, base_TD: Tensor | None, num_tokens: int, weights_T: Tensor | None) -> Tensor:
     """Return `base_TD` plus `weights_T * y_ND` at the rows of `index_N`, summed in at least float32: `[T, D]`."""
+    if base_TD is None:
+        return _place(y_ND, index_N, num_tokens, weights_T)
     wide = torch.promote_types(torch.promote_types(y_ND.dtype, base_TD.dtype), torch.float32)
     if index_N.device.type == "cpu":
         used = _used(index_N)
@@ -53,6 +55,17 @@ def scatter(y_ND: Tensor, index_N: Tensor, base_TD: Tensor, weights_T: Tensor | 
     if weights_T is not None:
         delta = delta * weights_T.index_select(0, index_N.clamp_min(0)).to(wide)[:, None]
     return (base_TD.to(wide) + spread(delta, index_N, base_TD.shape[0])).to(base_TD.dtype)
+
+
+def _place(y_ND: Tensor, index_N: Tensor, num_tokens: int, weights_T: Tensor | None) -> Tensor:
+    """Return `scatter` on zeros, which need not be read."""
+    if weights_T is not None:
+        used = _used(index_N)
+        index_N, y_ND = used, y_ND[: used.shape[0]]
+        wide = torch.promote_types(y_ND.dtype, torch.float32)
+        weight_N = weights_T.index_select(0, used.clamp_min(0)).to(wide)
+        y_ND = (y_ND.to(wide) * weight_N[:, None]).to(y_ND.dtype)
+    return spread(y_ND, index_N, num_tokens)
 
 
 def scatter_backward(

@@ -23,14 +23,17 @@ def gather_rows_kernel(x_ptr, index_ptr, out_ptr, D, stride_x, stride_out, BN: t
 
 @triton.jit
 def add_rows_kernel(
-    base_ptr, y_ptr, weight_ptr, slot_ptr, out_ptr, D, stride_base, stride_y, WEIGHTS: tl.constexpr, BN: tl.constexpr
-):
+    base_ptr, y_ptr, weight_ptr, slot_ptr, out_ptr, D, stride_base, stride_y,
+    BASE: tl.constexpr, WEIGHTS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """One block of out[t] = base[t] + weight[t] * y[slot[t]], base alone where the slot is -1; summed in fp32."""
     token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BN + tl.arange(0, BN)
     slot = tl.load(slot_ptr + token)
     used = (offs * 0 + slot) >= 0
-    acc = tl.load(base_ptr + token * stride_base + offs, mask=offs < D, other=0.0).to(tl.float32)
+    acc = tl.zeros((BN,), dtype=tl.float32)
+    if BASE:
+        acc = tl.load(base_ptr + token * stride_base + offs, mask=offs < D, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + slot * stride_y + offs, mask=(offs < D) & used, other=0.0).to(tl.float32)
     if WEIGHTS:
         # the weight of a token without a slot may be anything
@@ -92,10 +95,13 @@ def spread(x_ND: Tensor, index_N: Tensor, num_tokens: int) -> Tensor:
     return gather(x_ND, _slot_T(index_N, num_tokens))
 
 
-def scatter(y_ND: Tensor, index_N: Tensor, base_TD: Tensor, weights_T: Tensor | None) -> Tensor:
+def scatter(y_ND: Tensor, index_N: Tensor, base_TD: Tensor | None, num_tokens: int, weights_T: Tensor | None) -> Tensor:
     """Return `base_TD` plus `weights_T * y_ND` at the rows of `index_N`, summed in float32: `[T, D]`."""
-    y_ND, base_TD = _rows(y_ND), _rows(base_TD)
-    T, D = base_TD.shape
+    if base_TD is None and weights_T is None:
+        return spread(y_ND, index_N, num_tokens)
+    y_ND, T, D = _rows(y_ND), num_tokens, y_ND.shape[1]
+    # without a base the pointer is not read
+    with_base, base_TD = base_TD is not None, y_ND if base_TD is None else _rows(base_TD)
     out_TD = base_TD.new_empty(T, D)
     if T and D:
         add_rows_kernel[(T, triton.cdiv(D, _block(D)))](
@@ -107,6 +113,7 @@ def scatter(y_ND: Tensor, index_N: Tensor, base_TD: Tensor, weights_T: Tensor | 
             D,
             base_TD.stride(0),
             y_ND.stride(0),
+            BASE=with_base,
             WEIGHTS=weights_T is not None,
             BN=_block(D),
         )

@@ -14,8 +14,9 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreter.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("bound", [None, 7])
+@pytest.mark.parametrize("base", [True, False])
 @pytest.mark.parametrize("keep", [[False] * 5, [True] * 5, [False, True, True, False, True], [], [True]], ids=str)
-def test_equals_the_reference(keep, bound, weighted, dtype, poison_empty):
+def test_equals_the_reference(keep, base, bound, weighted, dtype, poison_empty):
     keep_T = torch.tensor(keep, dtype=torch.bool)
     x, matrix, upstream = torch.randn(len(keep), 6), torch.randn(6, 6), torch.randn(len(keep), 6)
     results = {}
@@ -23,8 +24,11 @@ def test_equals_the_reference(keep, bound, weighted, dtype, poison_empty):
         x_ = x.to(dtype).requires_grad_()
         w_ = torch.linspace(0.5, 2, len(keep)).requires_grad_() if weighted else None
         x_ND, index_N = token_gather(x_, keep_T, bound=bound, backend=backend)
-        y = token_scatter(torch.tanh(x_ND @ matrix.to(dtype)), index_N, x_, weights_T=w_, backend=backend)
-        y.backward(upstream.to(dtype))
+        stream = dict(base_TD=x_) if base else dict(base_TD=None, num_tokens=len(keep))
+        y = token_scatter(torch.tanh(x_ND @ matrix.to(dtype)), index_N, **stream, weights_T=w_, backend=backend)
+        if y.requires_grad:
+            # the reference has nothing to differentiate without a slot and a base
+            y.backward(upstream.to(dtype))
         results[backend] = [y, x_.grad, w_.grad if weighted else None]
     for name, actual, expected in zip(("y", "dx", "dw"), results["triton"], results["reference"]):
         if expected is not None:

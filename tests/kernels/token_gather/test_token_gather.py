@@ -80,6 +80,41 @@ def test_equals_a_loop_over_tokens(case, weighted, bound, dtype, backend, poison
         assert_close(name, actual[name], value, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("bound", [None, 7])
+@pytest.mark.parametrize("case", KEEP)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_base_equals_a_base_of_zeros(case, weighted, bound, dtype, backend, poison_empty):
+    keep_T = torch.tensor(KEEP[case], dtype=torch.bool)
+    T = len(KEEP[case])
+    _, index_N = token_gather(torch.zeros(T, 6), keep_T, bound=bound)
+    y = torch.randn(index_N.shape[0], 6).to(dtype)
+    w, upstream = torch.rand(T), torch.randn(T, 6).to(dtype)
+    results = []
+    for base, count in ((None, T), (torch.zeros(T, 6, dtype=dtype), None)):
+        y_, w_ = y.clone().requires_grad_(), w.clone().requires_grad_() if weighted else None
+        out = token_scatter(y_, index_N, base, num_tokens=count, weights_T=w_, backend=backend)
+        if out.requires_grad:
+            # the reference has nothing to differentiate without a slot
+            out.backward(upstream)
+        results.append([out, y_.grad, w_.grad if weighted else None])
+    for name, actual, expected in zip(("y", "dy", "dw"), *results):
+        if expected is None:
+            assert actual is None
+            continue
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected), name
+
+
+def test_two_sets_of_tokens_are_placed_at_once():
+    x = torch.randn(6, 2)
+    first_T = torch.tensor([True, False, False, True, False, True])
+    parts = [token_gather(x, keep_T) for keep_T in (first_T, ~first_T)]
+    y_ND, index_N = (torch.cat(values) for values in zip(*parts))
+    assert torch.equal(token_scatter(y_ND, index_N, None, num_tokens=6), x)
+
+
 def test_gradcheck():
     keep_T = torch.tensor([True, False, True, True])
     _, index_N = token_gather(torch.randn(4, 3), keep_T, bound=4)
@@ -144,6 +179,15 @@ def test_compiles_with_static_shapes():
         (
             lambda: token_scatter(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(3, 2), weights_T=torch.ones(1)),
             "weights_T",
+        ),
+        (lambda: token_scatter(torch.zeros(1, 2), torch.tensor([0]), None), "None and no num_tokens"),
+        (
+            lambda: token_scatter(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(3, 2), num_tokens=3),
+            "and num_tokens",
+        ),
+        (
+            lambda: token_scatter(torch.zeros(1, 2), torch.tensor([0]), None, num_tokens=3, weights_T=torch.ones(2)),
+            r"shape \(3,\)",
         ),
         (
             lambda: token_scatter(torch.zeros(1, 2, device="meta"), torch.tensor([0]), torch.zeros(3, 2)),
