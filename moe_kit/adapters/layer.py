@@ -247,7 +247,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
     def _step(self, step: DecodeStep, x: Tensor, context: RoutingContext) -> Tensor | None:
         """A token or two without a graph, where the group's tensors are known already."""
         site = self.sites[step.name]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or site in context.shared:
+        # a prompt in between leaves the step as it is: the next tokens find it again
+        if x.shape != step.shape or torch.is_grad_enabled() or torch.compiler.is_compiling() or site in context.shared:
             return None
         if not step.is_current(x):
             self.steps.pop(step.name)
@@ -278,7 +279,9 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             if routing.base_weight_N is not None:
                 return None
             if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.shares_any_input[name]):
-                self.steps[name] = DecodeStep.of(layers, name, x, routing)
+                step = DecodeStep.of(layers, name, x, routing)
+                if step is not None:
+                    self.steps[name] = step
             results = banks[0].linear_group(banks, x_TD, weights, biases, routing)
             if results is None and len(layers) > 1:
                 # no joint form: this one alone

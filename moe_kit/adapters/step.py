@@ -75,11 +75,14 @@ class DecodeStep:
             return None
         if any(type(bank) is not LoRABank or bank.dropout or bank.scale != banks[0].scale for bank in banks):
             return None
-        step, x_TD = DecodeStep(layers, name, x), x.reshape(-1, x.shape[-1])
-        rank, width = max(a.shape[1] for a in step.A), sum(w.shape[0] for w in step.weights)
-        pairs, experts = routing.weights_TK.numel(), step.A[0].shape[0]
-        form = chosen_form(x_TD, pairs, experts, rank, width, training=False)
-        return step if form == "decode" and step.is_current(x) else None
+        # before anything is looked up: a prompt comes this way too
+        (experts, _, width_in), ranks = banks[0].A.shape, [bank.A.shape[1] for bank in banks]
+        width, tokens = sum(layer.width_out for layer in layers), x.numel() // width_in
+        x_TD, pairs = x.reshape(tokens, width_in), routing.weights_TK.numel()
+        if chosen_form(x_TD, pairs, experts, max(ranks), width, training=False) != "decode":
+            return None
+        step = DecodeStep(layers, name, x)
+        return step if step.is_current(x) else None
 
     def is_current(self, x: Tensor) -> bool:
         """Whether the linears, their banks and the input are still what the step was made for.

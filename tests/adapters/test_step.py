@@ -65,6 +65,20 @@ def test_equals_the_general_path():
     assert_close("logits", few_tokens(model), with_gradients(model))
 
 
+def test_outlives_a_prompt(monkeypatch):
+    from moe_kit_kernels.lora_experts import dispatch
+
+    monkeypatch.setattr(
+        dispatch, "chosen_form", lambda x, *sizes, training: "dense" if training or len(x) > 2 else "decode"
+    )
+    model = warm(adapted())
+    steps = [dict(layer.steps) for layer in layers(model)]
+    with torch.no_grad():
+        model(input_ids=torch.arange(8)[None])
+    few_tokens(model)
+    assert [dict(layer.steps) for layer in layers(model)] == steps
+
+
 def hook_on_base(model):
     layers(model)[1].base_layer.register_forward_hook(lambda module, args, output: output + 1)
 

@@ -12,7 +12,7 @@ Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, mv
+from torch import Tensor, addmv, mv
 from torch.nn.functional import linear
 
 from moe_kit_kernels.common.checks import fail
@@ -113,15 +113,32 @@ def decode_linears(
     for ids in ids_TK:
         if min(ids, default=0) < -1:
             raise fail("lora_linear", "an expert id", min(ids), "-1 or more", "Mark empty slots with -1")
-    rows = [
-        (x_D, [(e, w * scale) for e, w in zip(ids, weights) if 0 <= e < E])
-        for x_D, ids, weights in zip(x_TD.unbind(), ids_TK, weights_TK, strict=True)
+    chosen_T = [
+        [(e, w * scale) for e, w in zip(ids, weights) if 0 <= e < E]
+        for ids, weights in zip(ids_TK, weights_TK, strict=True)
     ]
-    results = []
+    if len(chosen_T) == 1:
+        # one token stays a vector throughout: at this size each view costs as much as a product
+        x_D, chosen = x_TD.view(-1), chosen_T[0]
+        return [
+            _add_chosen(
+                mv(weight_OD, x_D) if bias_O is None else addmv(bias_O, weight_OD, x_D), x_D, a, b, chosen
+            ).unsqueeze(0)
+            for weight_OD, bias_O, a, b in zip(weights_OD, biases_O, A, B)
+        ]
+    results, rows_T = [], x_TD.unbind()
     for weight_OD, bias_O, a_ELD, b_EOL in zip(weights_OD, biases_O, A, B):
         y_TO = linear(x_TD, weight_OD, bias_O)
-        for y_O, (x_D, chosen) in zip(y_TO.unbind(), rows):
-            for e, factor in chosen:
-                y_O.addmv_(b_EOL[e], mv(a_ELD[e], x_D), alpha=factor)
+        for y_O, x_D, chosen in zip(y_TO.unbind(), rows_T, chosen_T):
+            _add_chosen(y_O, x_D, a_ELD, b_EOL, chosen)
         results.append(y_TO)
     return results
+
+
+def _add_chosen(
+    y_O: Tensor, x_D: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], chosen: list[tuple[int, float]]
+) -> Tensor:
+    """Add `sum_e factor_e B_e A_e x` to y in place."""
+    for e, factor in chosen:
+        y_O.addmv_(b[e], mv(a[e], x_D), alpha=factor)
+    return y_O

@@ -111,6 +111,34 @@ def _quarters(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequ
     return values[:n], values[n : 2 * n], values[2 * n : 3 * n], values[3 * n :]
 
 
+def gated_forward(
+    how: str, k: int, scale: float, x_TD: Tensor, router_ED: Tensor, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Choose and compute without a graph.
+
+    Args:
+        how: "dense" or "sorted".
+        k: K.
+        scale: factor on the sums.
+        x_TD: [T, D] inputs.
+        router_ED: [E, D] weight of the router.
+        tensors: as for `forward`.
+
+    Returns:
+        What `GatedLinears` gives.
+    """
+    logits_TE, ids_TK, weights_TK, plan = _decide(x_TD, router_ED, k)
+    return logits_TE, ids_TK, weights_TK, *forward(how, plan, scale, x_TD, weights_TK, tensors, False)[0]
+
+
+def _decide(x_TD: Tensor, router_ED: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, RoutePlan]:
+    """Logits, ids, weights and plan of a linear router."""
+    logits_TE = torch.mm(x_TD, router_ED.t())
+    ids_TK, weights_TK = gate(logits_TE, k)
+    # the gate's own ids need no check
+    return logits_TE, ids_TK, weights_TK, RoutePlan(ids_TK.reshape(-1), x_TD.shape[0], router_ED.shape[0], k)
+
+
 class RoutedLinears(torch.autograd.Function):
     """`apply(how, plan, scale, x_TD, weights, *bases, *biases, *A, *B)` -> tuple of n results [T, O_i]."""
 
@@ -151,10 +179,7 @@ class GatedLinears(torch.autograd.Function):
         _, _, need_A, need_B = _quarters(tuple(others))
         # the weights depend on x and on the router
         needs = Needs(need_x, need_x or need_router, need_A, need_B)
-        logits_TE = torch.mm(x_TD, router_ED.t())
-        ids_TK, weights_TK = gate(logits_TE, k)
-        # the gate's own ids need no check
-        plan = RoutePlan(ids_TK.reshape(-1), x_TD.shape[0], router_ED.shape[0], k)
+        logits_TE, ids_TK, weights_TK, plan = _decide(x_TD, router_ED, k)
         inputs = (router_ED, weights_TK, ids_TK)
         results = _forward(ctx, (how, plan, scale), needs, x_TD, weights_TK, tensors, *inputs)
         ctx.mark_non_differentiable(ids_TK)

@@ -332,10 +332,10 @@ def run_gated_linears(
         B: up projections [E, O_i, L_i].
 
     Returns:
-        Logits [T, E], ids [T, K], weights [T, K] and n results [T, O_i]; or None where `run_linears` must do it: without
-        gradients, in a trace, on an accelerator, under autocast, in mixed dtypes, or when all experts at once cost more.
+        Logits [T, E], ids [T, K], weights [T, K] and n results [T, O_i]; or None where `run_linears` must do it: in a
+        trace, on an accelerator, under autocast, in mixed dtypes, or for a token or two without gradients.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x_TD.device.type != "cpu":
+    if torch.compiler.is_compiling() or x_TD.device.type != "cpu":
         return None
     if uses_triton(x_TD.device) or autocast_dtype(x_TD.device) is not None:
         return None
@@ -343,10 +343,14 @@ def run_gated_linears(
     width = sum(w.shape[0] for w in weights_OD)
     if not cpu_linears.fits(x_TD, router_ED, weights_OD, A, B) or k > E:
         return None
-    how = chosen_form(x_TD, T * k, E, A[0].shape[1], width, training=True)
-    if how == "sorted" and not cpu_pairs.fits(x_TD, weights_OD, A):
+    training = torch.is_grad_enabled()
+    how = chosen_form(x_TD, T * k, E, A[0].shape[1], width, training=training)
+    if how == "decode" or (how == "sorted" and not cpu_pairs.fits(x_TD, weights_OD, A)):
         return None
-    return cpu_linears.GatedLinears.apply(how, k, scale, x_TD, router_ED, *weights_OD, *biases_O, *A, *B)
+    tensors = (*weights_OD, *biases_O, *A, *B)
+    if not training:
+        return cpu_linears.gated_forward(how, k, scale, x_TD, router_ED, tensors)
+    return cpu_linears.GatedLinears.apply(how, k, scale, x_TD, router_ED, *tensors)
 
 
 # the environment and the installed packages are looked at once

@@ -101,10 +101,14 @@ def gate(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if all(len(set(row)) == len(row) for row in logits_TE.tolist()):
             values, ids = logits_TE.topk(k)
             return ids, values.softmax(-1)
+    elif logits_TE.shape[1] <= 16:
+        # short rows: the stable sort itself costs less than to look for ties
+        values, ids = logits_TE.sort(dim=-1, descending=True, stable=True)
+        return ids.narrow(1, 0, k).contiguous(), values.narrow(1, 0, k).softmax(-1)
     elif k < logits_TE.shape[1]:
         values, ids = logits_TE.topk(k + 1, dim=-1)
         if not _has_ties(values):
-            return ids.narrow(1, 0, k), values.narrow(1, 0, k).softmax(-1)
+            return ids.narrow(1, 0, k).contiguous(), values.narrow(1, 0, k).softmax(-1)
     ids_TK = stable_topk(logits_TE, k)
     return ids_TK, logits_TE.gather(1, ids_TK).softmax(-1)
 

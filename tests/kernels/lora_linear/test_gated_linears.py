@@ -136,7 +136,9 @@ def test_what_it_keeps():
     assert sizes == sorted([T * 2, T * 2, T * 2 * n * L])
 
 
-@pytest.mark.parametrize("reason", ["no gradient", "half", "autocast", "more experts chosen than there are", "ranks"])
+@pytest.mark.parametrize(
+    "reason", ["one token without gradients", "half", "autocast", "more experts chosen than there are", "ranks"]
+)
 def test_refuses_what_it_cannot_do(reason):
     given = inputs(2, T=600, D=32, dtype=torch.float16 if reason == "half" else torch.float32)
     if reason == "ranks":
@@ -146,7 +148,8 @@ def test_refuses_what_it_cannot_do(reason):
     def call():
         return run_gated_linears(9 if "chosen" in reason else 2, 1.0, given["x"], given["router"], *parts(2, given))
 
-    if reason == "no gradient":
+    if reason == "one token without gradients":
+        given = inputs(2, T=1, E=64, D=576, L=8, widths=(576, 576), dtype=torch.float32)
         with torch.no_grad():
             assert call() is None
     elif reason == "autocast":
@@ -156,7 +159,19 @@ def test_refuses_what_it_cannot_do(reason):
         assert call() is None
 
 
-def test_runs_where_it_can():
-    given = inputs(2, T=600, D=32, dtype=torch.float32)
+@pytest.mark.parametrize("experts", [5, 80], ids=["all at once", "sorted"])
+def test_without_gradients_it_gives_the_same(experts):
+    given = inputs(2, T=600, D=32, E=experts, dtype=torch.float32)
     given["router"].requires_grad_()
-    assert len(run_gated_linears(2, 1.0, given["x"], given["router"], *parts(2, given))) == 5
+
+    def call():
+        return run_gated_linears(2, 1.0, given["x"], given["router"], *parts(2, given))
+
+    expected = call()
+    with torch.no_grad():
+        actual = call()
+    assert len(actual) == len(expected) == 5
+    assert expected[3].requires_grad
+    assert not actual[3].requires_grad
+    for value, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(value, wanted)
