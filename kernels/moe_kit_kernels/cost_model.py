@@ -1,12 +1,17 @@
 """Which implementation of an operator to run: time modelled from static sizes, in plain Python.
 
-A stage takes max(FLOPs / peak, bytes / bandwidth); a call has a fixed price on the CPU, where a walk over experts pays
-it many times. The routing itself is never looked at, only P, E and the widths: asking costs no wait for a device.
+On a GPU a stage takes max(FLOPs / peak, memory bytes / bandwidth, L2 bytes / L2 bandwidth), of the kernels as written; on
+the CPU, where a walk over experts pays a call's fixed price many times, max(FLOPs / peak, bytes / bandwidth) and those calls.
+The routing itself is never looked at, only P, E and the widths: asking costs no wait for a device.
 
     ridge = peak FLOP/s / bandwidth
     down (x A^T):  dense reads x once and computes E*L columns, sorted reads x once a pair and computes L:
-                   dense wins while E*L < K * ridge
+                   with GEMMs at the peak dense wins while E*L < K * ridge
     up (+= H B^T): dense reads and writes y once, sorted once a pair:   dense wins while E*L < 2K * ridge
+
+NOTE: our kernels cross over earlier. Sorted reads x once where all A stay in L2 and keeps a block of y there, so it moves
+about what dense does; and a dense tile of 128 x 128 makes 64 FLOPs a byte of L2, under the 118 that an H100 wants (the 62 of
+an A100 are met). The two lines above stand for library GEMMs against a read-modify-write from memory for every pair.
 
 Sources: H100 and A100 figures are achieved rates of large bf16 GEMMs and streams, not data-sheet peaks; the CPU's were
 measured on two cores with AVX-512 in float32. `decode` reads the chosen experts in place and sorts nothing.
@@ -14,6 +19,7 @@ measured on two cores with AVX-512 in float32. `decode` reads the chosen experts
 Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +37,8 @@ class Device:
     """GEMM rate when one side is a small rank (8 to 16), FLOP/s."""
     bandwidth: float
     """Main memory stream, byte/s."""
+    l2: float = math.inf
+    """L2 stream, byte/s; infinity where no stage is bound by it."""
     call: float
     """Fixed time of one call or launch, seconds."""
     host_walk: bool
@@ -42,8 +50,8 @@ class Device:
         return self.flops / self.bandwidth
 
 
-H100 = Device(name="h100", flops=650e12, narrow_flops=650e12, bandwidth=2.8e12, call=4e-6, host_walk=False)
-A100 = Device(name="a100", flops=250e12, narrow_flops=250e12, bandwidth=1.7e12, call=4e-6, host_walk=False)
+H100 = Device(name="h100", flops=650e12, narrow_flops=650e12, bandwidth=2.8e12, l2=5.5e12, call=4e-6, host_walk=False)
+A100 = Device(name="a100", flops=250e12, narrow_flops=250e12, bandwidth=1.7e12, l2=4.0e12, call=4e-6, host_walk=False)
 CPU = Device(name="cpu", flops=150e9, narrow_flops=60e9, bandwidth=10e9, call=4e-6, host_walk=True)
 
 
@@ -96,13 +104,14 @@ def dense_seconds(shape: LoraShape, device: Device) -> float:
     Returns:
         Seconds.
     """
+    if not device.host_walk:
+        stages = gpu_stages(shape, device)
+        return stages["dense down"] + stages["dense up"]
     columns = shape.experts * shape.rank
-    down = _stage(device, 2 * shape.tokens * columns * shape.d_in, shape.tokens * shape.d_in * shape.itemsize)
-    up = _stage(device, 2 * shape.tokens * columns * shape.d_out, 2 * shape.tokens * shape.d_out * shape.itemsize)
-    parameters = columns * shape.width * shape.itemsize
-    if device.host_walk:
-        # plain GEMMs want B side by side: read once for the copy, written, read again
-        parameters += 2 * columns * shape.d_out * shape.itemsize
+    down = _host_stage(device, 2 * shape.tokens * columns * shape.d_in, shape.tokens * shape.d_in * shape.itemsize)
+    up = _host_stage(device, 2 * shape.tokens * columns * shape.d_out, 2 * shape.tokens * shape.d_out * shape.itemsize)
+    # plain GEMMs want B side by side: read once for the copy, written, read again
+    parameters = columns * (shape.width + 2 * shape.d_out) * shape.itemsize
     return down + up + parameters / device.bandwidth + 8 * device.call
 
 
@@ -116,14 +125,86 @@ def sorted_seconds(shape: LoraShape, device: Device) -> float:
     Returns:
         Seconds.
     """
+    if not device.host_walk:
+        stages = gpu_stages(shape, device)
+        return stages["work lists"] + stages["sorted down"] + stages["sorted up"]
     active = min(shape.experts, shape.pairs)
     per_pair = shape.pairs * shape.itemsize
     rate = device.flops if shape.rank >= 32 else device.narrow_flops
-    down = _stage(device, 2 * shape.pairs * shape.rank * shape.d_in, per_pair * shape.d_in, rate)
-    up = _stage(device, 2 * shape.pairs * shape.rank * shape.d_out, 2 * per_pair * shape.d_out, rate)
-    calls = 24 + 2 * active if device.host_walk else 3
+    down = _host_stage(device, 2 * shape.pairs * shape.rank * shape.d_in, per_pair * shape.d_in, rate)
+    up = _host_stage(device, 2 * shape.pairs * shape.rank * shape.d_out, 2 * per_pair * shape.d_out, rate)
     parameters = active * shape.rank * shape.width * shape.itemsize
-    return down + up + parameters / device.bandwidth + calls * device.call
+    return down + up + parameters / device.bandwidth + (24 + 2 * active) * device.call
+
+
+def mixed_seconds(shape: LoraShape, device: Device) -> float:
+    """Model sorted down and dense up, which only the GPU kernels have.
+
+    Args:
+        shape: the call's sizes.
+        device: its rates.
+
+    Returns:
+        Seconds; infinity where sorted execution is a host loop.
+    """
+    if device.host_walk:
+        return math.inf
+    stages = gpu_stages(shape, device)
+    return stages["work lists"] + stages["sorted down"] + stages["dense up"]
+
+
+def gpu_stages(shape: LoraShape, device: Device) -> dict[str, float]:
+    """Model each stage of the Triton kernels as written, with the tiles that their launchers take.
+
+    Args:
+        shape: the call's sizes.
+        device: its rates.
+
+    Returns:
+        Seconds of "dense down", "dense up", "sorted down", "sorted up" and "work lists" (once, for sorted stages).
+    """
+    # its package asks this model, so it cannot be imported before it
+    from moe_kit_kernels.lora_experts import tiles
+    from moe_kit_kernels.route_plan import tile_height
+
+    T, P, E, L, D, O, s = (
+        shape.tokens, shape.pairs, shape.experts, shape.rank, shape.d_in, shape.d_out, shape.itemsize
+    )  # fmt: skip
+    slots = max(1, -(-P // max(1, T)))
+    x, y, h, A, B = T * D * s, T * O * s, P * L * s, E * L * D * s, E * L * O * s
+
+    # a row tile reads the whole bank, a column block all of x
+    EB, LP = tiles.column_block(E, L)
+    blocks, rows = -(-E // EB), tiles.down_tile(T, E, L)["BM"]
+    dense_down = _gpu_stage(device, 2 * T * blocks * EB * LP * D, x + A + h, x * blocks + A * -(-T // rows) + h)
+    BC, LP = tiles.up_columns(E, L)
+    tile = tiles.up_tile(T, O, slots, linear=False, capability=0)
+    l2 = 2 * y + h * -(-O // tile["BN"]) + B * -(-T // tile["BM"])
+    dense_up = _gpu_stage(device, 2 * T * -(-E * LP // BC) * BC * O, 2 * y + B + h, l2)
+
+    # a tile reads its expert's matrix; on average an expert's last tile is half empty
+    active = min(E, P)
+    rows, padded = tile_height(P, E), max(16, LP)
+    count = P / rows + active / 2
+    # x once for all pairs of a token while the bank stays in cache, else once a pair
+    once = x if tiles.by_token(E, L, D, s) else P * D * s
+    reads = P * D * s + count * L * D * s + h
+    sorted_down = _gpu_stage(device, 2 * count * rows * padded * D, once + active * L * D * s + h, reads)
+    rows = tile_height(T, E)
+    count, tile = slots * (T / rows + min(E, T) / 2), tiles.sorted_tile(rows, L)
+    groups = -(-O // tiles.group_columns(T, s, tile["BN"]))
+    l2 = 2 * P * O * s + h * -(-O // tile["BN"]) + count * L * O * s
+    sorted_up = _gpu_stage(
+        device, 2 * count * rows * -(-L // tile["BL"]) * tile["BL"] * O, 2 * y + active * L * O * s + h, l2
+    )
+    return {
+        "dense down": dense_down + device.call,
+        "dense up": dense_up + device.call,
+        "sorted down": sorted_down + device.call,
+        "sorted up": max(sorted_up, slots * groups * device.call) + device.call,
+        # small launches once a plan, which the linears of a block share; weight gradients need the sort in any case
+        "work lists": 5 * device.call,
+    }
 
 
 def decode_seconds(shape: LoraShape, device: Device) -> float:
@@ -153,15 +234,20 @@ def choose_lora(shape: LoraShape, device: Device, *, training: bool) -> str:
         training: True when a gradient will be asked for; decode has none.
 
     Returns:
-        "dense", "sorted" or "decode".
+        "dense", "sorted" or "decode"; on a GPU also "mixed", sorted down and dense up.
     """
-    seconds = {"dense": dense_seconds(shape, device), "sorted": sorted_seconds(shape, device)}
+    modelled = {"dense": dense_seconds, "mixed": mixed_seconds, "sorted": sorted_seconds}
+    seconds = {name: model(shape, device) for name, model in modelled.items()}
     if not training:
         seconds["decode"] = decode_seconds(shape, device)
     return min(seconds, key=lambda name: seconds[name])
 
 
-def _stage(device: Device, flops: float, bytes_: float, rate: float | None = None) -> float:
-    compute, memory = flops / (rate or device.flops), bytes_ / device.bandwidth
+def _host_stage(device: Device, flops: float, bytes_: float, rate: float | None = None) -> float:
     # a host loop gathers first and multiplies then; a narrow rate marks the stages that do so
-    return compute + memory if device.host_walk and rate is not None else max(compute, memory)
+    compute, memory = flops / (rate or device.flops), bytes_ / device.bandwidth
+    return max(compute, memory) if rate is None else compute + memory
+
+
+def _gpu_stage(device: Device, flops: float, bytes_: float, l2_bytes: float) -> float:
+    return max(flops / device.flops, bytes_ / device.bandwidth, l2_bytes / device.l2)

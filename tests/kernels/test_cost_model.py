@@ -1,6 +1,7 @@
 """The cost model picks what the accounting of routed LoRA says: crossovers from first principles, not from the code."""
 
 import pytest
+from moe_kit_kernels import roofline
 from moe_kit_kernels.cost_model import (
     A100,
     CPU,
@@ -9,8 +10,11 @@ from moe_kit_kernels.cost_model import (
     choose_lora,
     decode_seconds,
     dense_seconds,
+    mixed_seconds,
     sorted_seconds,
 )
+
+RMW = "sorted down + k read-modify-writes"
 
 
 def shape(T=16384, E=8, L=8, D=4096, O=4096, K=2, itemsize=2):
@@ -22,29 +26,65 @@ def test_ridges():
     assert A100.ridge == pytest.approx(147, abs=1)
 
 
-@pytest.mark.parametrize(
-    ("device", "E", "L", "dense_us", "sorted_us"),
-    [
-        # forward of T = 16384, 4096 -> 4096, top-2, bf16: dense-masked against sorted down + read-modify-write up
-        (H100, 8, 8, 146, 288),
-        (H100, 8, 16, 148, 289),
-        (H100, 8, 64, 211, 294),
-        (H100, 64, 16, 423, 294),
-        (H100, 64, 64, 1692, 315),
-        (A100, 8, 16, 243, 476),
-        (A100, 64, 16, 1100, 485),
-    ],
-)
-def test_modelled_times(device, E, L, dense_us, sorted_us):
-    assert dense_seconds(shape(E=E, L=L), device) * 1e6 == pytest.approx(dense_us, rel=0.35)
-    assert sorted_seconds(shape(E=E, L=L), device) * 1e6 == pytest.approx(sorted_us, rel=0.15)
+# forward of T = 16384, 4096 -> 4096, top-2, bf16, by accounting: two library GEMMs over all experts with a mask between,
+# and sorted down + a read-modify-write from memory for every pair
+TABLE = [
+    (H100, 8, 8, 146, 288),
+    (H100, 8, 16, 148, 289),
+    (H100, 8, 64, 211, 294),
+    (H100, 64, 16, 423, 294),
+    (H100, 64, 64, 1692, 315),
+    (A100, 8, 16, 243, 476),
+    (A100, 8, 64, 550, 484),
+    (A100, 64, 16, 1100, 485),
+]
 
 
-@pytest.mark.parametrize(("device", "low", "high"), [(H100, 464, 928), (A100, 294, 588)])
-def test_dense_wins_below_the_crossover(device, low, high):
-    # K * ridge for the down stage, 2K * ridge for the up stage: below both dense, above both sorted
-    assert choose_lora(shape(E=1, L=low - 64), device, training=True) == "dense"
-    assert choose_lora(shape(E=8, L=high // 8 + 16), device, training=True) == "sorted"
+@pytest.mark.parametrize(("device", "E", "L", "masked_us", "sorted_us"), TABLE)
+def test_the_roofline_gives_the_table(device, E, L, masked_us, sorted_us):
+    # its designs count the mask's passes and the GEMMs' L2 bytes too, up to a quarter more
+    gpu = getattr(roofline, device.name.upper())
+    designs = roofline.lora_designs(16384, 2, E, L, 4096, 4096, device=gpu)
+    masked, rows = (roofline.seconds(designs[n], gpu) * 1e6 for n in ("masked GEMM pair", RMW))
+    assert 0.95 * masked_us < masked < 1.3 * masked_us
+    assert rows == pytest.approx(sorted_us, rel=0.06)
+
+
+@pytest.mark.parametrize(("device", "E", "L", "masked_us", "sorted_us"), TABLE)
+def test_choices_of_the_table(device, E, L, masked_us, sorted_us):
+    chosen = choose_lora(shape(E=E, L=L), device, training=True)
+    if (device, E, L) == (H100, 8, 64):
+        # NOTE: here the table and our kernels differ, and both are right: 211 us are two library GEMMs at the peak, which
+        # a 128 x 128 tile does not reach on an H100's L2; and our sorted order, which keeps a block of y in L2, needs no
+        # read-modify-write from memory, so it beats both columns
+        assert chosen == "sorted"
+        assert sorted_seconds(shape(E=E, L=L), device) * 1e6 < 1.3 * masked_us < sorted_us
+    else:
+        assert chosen == ("dense" if masked_us < sorted_us else "sorted")
+
+
+@pytest.mark.parametrize("device", [H100, A100])
+def test_the_down_stage_crosses_over_first(device):
+    # as in the accounting, where down crosses at K ridges and up at twice that; our kernels cross at fewer columns
+    chosen = [choose_lora(shape(E=E, L=16), device, training=True) for E in (4, 8, 16, 32, 64, 128)]
+    assert chosen == ["dense", "dense", "mixed", "sorted", "sorted", "sorted"]
+    assert 16 * 8 < 2 * device.ridge < 16 * 64
+
+
+@pytest.mark.parametrize("device", [H100, A100])
+@pytest.mark.parametrize("T", [512, 2048, 16384])
+@pytest.mark.parametrize(("E", "L"), [(8, 8), (8, 16), (16, 16), (8, 64), (64, 8), (64, 64), (5, 24)])
+def test_follows_the_roofline(device, T, E, L):
+    gpu = getattr(roofline, device.name.upper())
+    designs = roofline.lora_designs(T, 2, E, L, 1024, 2048, device=gpu)
+    counted = {how: roofline.seconds(designs[f"moe_kit {how}"], gpu) for how in ("dense", "mixed", "sorted")}
+    sizes = shape(T=T, E=E, L=L, D=1024, O=2048)
+    modelled = {"dense": dense_seconds, "mixed": mixed_seconds, "sorted": sorted_seconds}
+    for how, model in modelled.items():
+        # launches and work lists aside, which the roofline does not count
+        assert abs(model(sizes, device) - counted[how]) < 0.15 * counted[how] + 12 * device.call, how
+    chosen = choose_lora(sizes, device, training=True)
+    assert counted[chosen] <= 1.1 * min(counted.values()) + 8 * device.call
 
 
 @pytest.mark.parametrize("device", [H100, A100])

@@ -10,6 +10,7 @@ import triton as _triton
 from torch import Tensor
 
 from moe_kit_kernels import tuning
+from moe_kit_kernels.grouped_mm.sizes import product_tile
 from moe_kit_kernels.grouped_mm.triton import grouped_mm_dact_kernel, grouped_mm_kernel
 from moe_kit_kernels.route_plan import RoutePlan, TileMap, tile_height, tile_map
 
@@ -19,9 +20,9 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def plan_tiles(plan: RoutePlan) -> TileMap:
-    """Return the tile map of a plan for the height that its sizes ask for."""
-    return tile_map(plan, tile_height(plan.num_pairs, plan.num_experts))
+def plan_tiles(plan: RoutePlan, *, by_token: bool = False) -> TileMap:
+    """Return the tile map of a plan for the height that its sizes ask for, ordered as `tile_map` says."""
+    return tile_map(plan, tile_height(plan.num_pairs, plan.num_experts), by_token=by_token)
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -87,6 +88,7 @@ def product(
         itemsize=x.element_size(),
         aligned=aligned(x, weight_EOD, y_PO),
     )
+    tile = product_tile(tile, O)
     grid = (tiles.num_tiles * _triton.cdiv(O, tile["BN"]),)
     grouped_mm_kernel[grid](
         x,

@@ -1,4 +1,4 @@
-"""Tile and chunk sizes of the weight gradients, from static sizes only; shared by launcher, ahead-of-time check and roofline."""
+"""Tile and chunk sizes that follow an operand, from static sizes only; shared by launchers, ahead-of-time check and roofline."""
 
 LEAST_CHUNK = 512
 """Rows below which a part's trip through the workspace would cost more than it balances."""
@@ -23,6 +23,19 @@ def chunk_rows(num_pairs: int, tiles: int, workers: int) -> int:
     if tiles >= workers:
         return max(1, num_pairs)
     return max(LEAST_CHUNK, next_power_of_2(-(-num_pairs * tiles // (2 * workers))))
+
+
+def product_tile(config: dict[str, int], O: int) -> dict[str, int]:
+    """Return `config` with a column tile no wider than the result: a down projection has few columns.
+
+    Args:
+        config: BN and the rest, from `tuning`.
+        O: Width of the result.
+
+    Returns:
+        A copy; BN is a power of two, at least 16.
+    """
+    return {**config, "BN": min(config["BN"], max(16, next_power_of_2(O)))}
 
 
 def gram_tile(config: dict[str, int], O: int, D: int) -> dict[str, int]:

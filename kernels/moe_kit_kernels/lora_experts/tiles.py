@@ -8,8 +8,9 @@ Legend: T tokens, K slots a token, E experts, O width out, L rank, BM x BN x BK 
 
 from moe_kit_kernels.grouped_mm.sizes import next_power_of_2
 
-L2_BYTES = 24 << 20
-"""Bytes of y that one column group of the sorted order may keep in L2 between slots."""
+L2_BYTES = 16 << 20
+"""Bytes that the sorted order may keep in L2 of something it comes back to: with as much of the base passing by, an A100's
+40 MB still hold it."""
 # programs that fill the GPUs of interest once
 _FILLS = 128
 
@@ -86,6 +87,21 @@ def sorted_tile(rows: int, rank: int) -> dict[str, int]:
     wide = BL >= 32
     warps = 8 if rows >= 64 else 4 if wide else 2
     return {"BN": 128 if wide else 64, "BL": BL, "num_warps": warps, "num_stages": 2}
+
+
+def by_token(num_experts: int, rank: int, width: int, itemsize: int) -> bool:
+    """Choose the tile order of the sorted down product.
+
+    Args:
+        num_experts: E.
+        rank: L.
+        width: D.
+        itemsize: Bytes an element of A.
+
+    Returns:
+        True where the whole bank stays in L2, so that x should be what is read once.
+    """
+    return num_experts * rank * width * itemsize <= L2_BYTES
 
 
 def group_columns(num_tokens: int, itemsize: int, BN: int) -> int:

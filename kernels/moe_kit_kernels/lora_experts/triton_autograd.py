@@ -4,7 +4,7 @@
     backward   dH, dw = down'(dy, B, H)         one pass over dy, in rank space at once
                dx = up(dH, A) [+ dy W inside]   dA_e = dH_e^T x,   dB_e = dy^T (scale w H)_e
 
-`dense` goes token by token, `sorted` expert by expert (weight gradients always do, and write every expert). Kept for the
+`dense` goes token by token, `sorted` expert by expert, `mixed` is sorted down and dense up (weight gradients always do, and write every expert). Kept for the
 backward: x, H [P, L], weights, parameters, the plan.
 
 Legend: T tokens, P pairs, E experts, D width in, O width out, L rank.

@@ -3,7 +3,7 @@
     down   H_p = A_e(p) x_t(p)                              dA_e = dH_e^T x,   dx_t = sum_p dH_p A_e(p)
     up     y_t = base_t + scale * sum_p w_p B_e(p) H_p      dH_p, dw_p in one pass over dy,   dB_e = dy^T (scale w H)_e
 
-`dense` goes token by token, `sorted` expert by expert; weight gradients always go by expert and write every expert. Routings
+`dense` goes token by token, `sorted` expert by expert, `mixed` is sorted down and dense up; weight gradients always go by expert and write every expert. Routings
 are tables [T, K]. Nothing here is an autograd function: `halves` and `triton_autograd` wrap it.
 
 Legend: T tokens, K slots a token, P = T*K pairs, E experts, D width in, O width out, L rank.
@@ -18,6 +18,7 @@ from moe_kit_kernels.cost_model import LoraShape, choose_lora, device_of
 from moe_kit_kernels.grouped_mm.launch import plan_tiles, product
 from moe_kit_kernels.grouped_mm.launch_sums import gram
 from moe_kit_kernels.lora_experts import launch
+from moe_kit_kernels.lora_experts.tiles import by_token
 from moe_kit_kernels.route_plan import RoutePlan
 
 # widest sum of ranks that one launch of the dense down kernel keeps in registers
@@ -36,7 +37,7 @@ def choose(plan: RoutePlan, rank: int, d_in: int, d_out: int, itemsize: int, dev
         device: Where it will run.
 
     Returns:
-        "dense" or "sorted".
+        "dense", "mixed" or "sorted".
     """
     shape = LoraShape(
         tokens=plan.num_tokens,
@@ -47,18 +48,19 @@ def choose(plan: RoutePlan, rank: int, d_in: int, d_out: int, itemsize: int, dev
         d_out=d_out,
         itemsize=itemsize,
     )
-    return "sorted" if choose_lora(shape, device_of(device), training=True) == "sorted" else "dense"
+    return choose_lora(shape, device_of(device), training=True)
 
 
 def _sorted_down(x_TD: Tensor, A_ELD: Tensor, plan: RoutePlan) -> Tensor:
     """[P, L] in the given order, by segments of the sorted order."""
     dtype = torch.promote_types(x_TD.dtype, A_ELD.dtype)
+    tiles = plan_tiles(plan, by_token=by_token(*A_ELD.shape, dtype.itemsize))
     # rows of dropped pairs are written as zeros
-    return product(x_TD.to(dtype), A_ELD.to(dtype), plan, plan_tiles(plan), gather=True, scatter=True)[0]
+    return product(x_TD.to(dtype), A_ELD.to(dtype), plan, tiles, gather=True, scatter=True)[0]
 
 
 def _one_down(how: str, x_TD: Tensor, A_ELD: Tensor, plan: RoutePlan) -> Tensor:
-    return _sorted_down(x_TD, A_ELD, plan) if how == "sorted" else launch.down_dense(x_TD, A_ELD, plan)[0]
+    return launch.down_dense(x_TD, A_ELD, plan)[0] if how == "dense" else _sorted_down(x_TD, A_ELD, plan)
 
 
 def joins(A: Sequence[Tensor], num_tokens: int) -> bool:
@@ -80,7 +82,7 @@ def down(how: str, x_TD: Tensor, A: Sequence[Tensor], plan: RoutePlan) -> list[T
     """Project every pair's token by its expert's A.
 
     Args:
-        how: "dense" or "sorted".
+        how: "dense", "mixed" or "sorted".
         x_TD: [T, D].
         A: Stacks [E, L_i, D].
         plan: The routing, from a table.
@@ -153,7 +155,7 @@ def up(
     """Project every pair by its expert's B and add it to its token's row.
 
     Args:
-        how: "dense" or "sorted".
+        how: "dense", "mixed" or "sorted".
         H_PL: [P, L] in the given order.
         B_EOL: [E, O, L], any strides.
         plan: The routing, from a table.
@@ -202,7 +204,7 @@ def up_backward(
     factor_P1 = (weights_TK * scale).view(-1, 1)
     if need_H or need_weights:
         Bt_ELO = B_EOL.transpose(1, 2)
-        if how == "sorted":
+        if how != "dense":
             U_PL = _sorted_down(dy_TO, Bt_ELO, plan).float()
             kept_P = plan.expert_P < plan.num_experts
             # what a dropped pair holds may be anything, also NaN

@@ -7,13 +7,8 @@ those that miss an LRU cache of the L2's size, walked in the kernels' real tile 
 token that several experts read hits while it is still there. `python -m bench roofline` prints the tables.
 """
 
-from moe_kit_kernels.roofline.designs import (
-    compaction_designs,
-    grouped_lora_designs,
-    linear_designs,
-    lora_designs,
-    mlp_designs,
-)
+from moe_kit_kernels.roofline.designs_experts import compaction_designs, grouped_lora_designs, mlp_designs
+from moe_kit_kernels.roofline.designs_lora import linear_designs, lora_designs
 from moe_kit_kernels.roofline.grouped import (
     combine_cost,
     gather_cost,

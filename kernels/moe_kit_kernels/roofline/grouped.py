@@ -13,18 +13,20 @@ from moe_kit_kernels.roofline.model import H100, Cache, Cost
 Runs = Sequence[Sequence[int]]
 
 
-def tiles_of(runs: Runs, rows: int) -> list[tuple[int, Sequence[int]]]:
+def tiles_of(runs: Runs, rows: int, by_token: bool = False) -> list[tuple[int, Sequence[int]]]:
     """Cut the rows of every expert as `route_plan.tile_map` does.
 
     Args:
         runs: For every expert, what each of its sorted rows reads.
         rows: BM.
+        by_token: By the first row that a tile reads.
 
     Returns:
-        (expert, rows of the tile), experts from most rows to fewest.
+        (expert, rows of the tile), experts from most rows to fewest unless `by_token`.
     """
     largest_first = sorted(range(len(runs)), key=lambda expert: -len(runs[expert]))
-    return [(e, runs[e][start : start + rows]) for e in largest_first for start in range(0, len(runs[e]), rows)]
+    tiles = [(e, runs[e][start : start + rows]) for e in largest_first for start in range(0, len(runs[e]), rows)]
+    return sorted(tiles, key=lambda tile: tile[1][0]) if by_token else tiles
 
 
 def product_cost(
@@ -40,6 +42,7 @@ def product_cost(
     through: bool = False,
     rank: int = 0,
     weighed: bool = False,
+    by_token: bool = False,
     itemsize: int = 2,
     cache: int = H100.cache,
 ) -> Cost:
@@ -57,13 +60,14 @@ def product_cost(
         through: The step through the activation: one weight tile, z is read, dz, w h and the parts of <t, h> are written.
         rank: L of a low-rank continuation (h and B are read too), or 0.
         weighed: A float32 gate a row is read in the epilogue.
+        by_token: Order of the tiles, as in `tile_map`.
         itemsize: Bytes an element.
         cache: L2 size, bytes.
 
     Returns:
         Its cost.
     """
-    tiles = tiles_of(runs, rows)
+    tiles = tiles_of(runs, rows, by_token)
     blocks = -(-O // BN)
     matrices = 2 if gated and not through else 1
     # elements that a row moves in the epilogue for each column

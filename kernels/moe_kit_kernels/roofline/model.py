@@ -7,7 +7,7 @@ those that miss an LRU cache of the L2's size, walked in the kernel's real tile 
 token that several experts read hits while it is still there. FLOPs include the empty part of an expert's last tile. The
 devices' figures are achieved rates assumed for a well-tuned kernel, not measurements of this one.
 
-Counts of single kernels are in `grouped` and `lora`, designs made of several in `designs`.
+Counts of single kernels are in `grouped` and `lora`, designs made of several in `designs_experts` and `designs_lora`.
 """
 
 from collections import OrderedDict

@@ -9,6 +9,8 @@ a list does not: unused entries are -1 and come last, so a program that walks th
 Order. A GPU hands out programs in order, as list scheduling does: whatever starts last decides when the launch ends, so
 large work goes first (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969). Tiles all hold the same work but an
 expert's last one; they stay together by expert, which keeps its matrix in cache, and experts go from most rows to fewest.
+Where all matrices fit the cache together (low ranks), tiles go by their first token instead: a token's experts then read it
+at about the same time, and x comes from memory once, not once a pair.
 Chunks share nothing, so they are sorted by their own size.
 
 Tile height: an expert's last tile is part empty, which wastes E * (BM - 1) / 2P of the work on average, so BM follows the
@@ -27,7 +29,7 @@ from moe_kit_kernels.route_plan.plan import RoutePlan
 
 @dataclass(frozen=True)
 class TileMap:
-    """Row tiles of one plan for one tile height; experts from most rows to fewest, each expert's tiles in row order."""
+    """Row tiles of one plan for one tile height, by expert (from most rows to fewest, each one's in row order) or by token."""
 
     expert_G: Tensor
     """[G] int32 expert of each tile; E for rows of dropped pairs; -1 for unused entries, which are last."""
@@ -98,12 +100,13 @@ def _cut(
     return group_G, from_G, torch.minimum(from_G + rows, end_N[group_G]), used_G
 
 
-def tile_map(plan: RoutePlan, rows: int) -> TileMap:
+def tile_map(plan: RoutePlan, rows: int, *, by_token: bool = False) -> TileMap:
     """Build the tiles of a plan with a few small operations on the device; kept on the plan.
 
     Args:
         plan: The routing.
         rows: BM, at least 1.
+        by_token: Order by the first token of a tile instead of by expert; equals by expert.
 
     Returns:
         The map. Dropped pairs form one more group, E, behind the experts, so that their rows get written too.
@@ -115,7 +118,7 @@ def tile_map(plan: RoutePlan, rows: int) -> TileMap:
         ([2, 2, 0, 3, -1], [1, 3, 0, 4])
     """
     kept = plan.__dict__.setdefault("_tile_maps", {})
-    if rows not in kept:
+    if (rows, by_token) not in kept:
         order_E = torch.sort(plan.counts_E, descending=True, stable=True).indices
         order_N = torch.cat([order_E, order_E.new_full((1,), plan.num_experts)])
         start_N = plan.offsets_E1[order_N]
@@ -123,8 +126,15 @@ def tile_map(plan: RoutePlan, rows: int) -> TileMap:
         end_N = end_E1[order_N]
         length = tile_bound(plan.num_pairs, plan.num_experts, rows)
         group_G, start_G, end_G, used_G = _cut(start_N, end_N, (end_N - start_N + (rows - 1)) // rows, rows, length)
-        kept[rows] = TileMap(torch.where(used_G, order_N[group_G], -1).to(torch.int32), start_G, end_G, rows)
-    return kept[rows]
+        expert_G = torch.where(used_G, order_N[group_G], -1)
+        if by_token and length:
+            token_G = plan.sorted_token_P[start_G.clamp(max=plan.num_pairs - 1)]
+            # rows of dropped pairs behind those of experts, unused entries last
+            token_G = torch.where(expert_G == plan.num_experts, plan.num_tokens, token_G)
+            by_G = torch.sort(torch.where(used_G, token_G, plan.num_tokens + 1), stable=True).indices
+            expert_G, start_G, end_G = expert_G[by_G], start_G[by_G], end_G[by_G]
+        kept[rows, by_token] = TileMap(expert_G.to(torch.int32), start_G, end_G, rows)
+    return kept[rows, by_token]
 
 
 def chunk_map(plan: RoutePlan, rows: int) -> ChunkMap:

@@ -4,8 +4,8 @@ import os
 
 import pytest
 import torch
-from moe_kit_kernels import lora_down, lora_experts, lora_up
-from moe_kit_kernels.lora_experts import launch, triton_halves
+from moe_kit_kernels import lora_down, lora_up
+from moe_kit_kernels.lora_experts import dispatch, launch, triton_halves
 from moe_kit_kernels.route_plan import route_plan, route_plan_pairs
 
 from tests.kernels.interpreter.cases_lora import EDGES, make, run
@@ -14,7 +14,7 @@ from tests.tolerances import assert_close
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreter.py"
 
 
-@pytest.fixture(params=["dense", "sorted"])
+@pytest.fixture(params=["dense", "mixed", "sorted"])
 def order(request, monkeypatch):
     monkeypatch.setattr(triton_halves, "choose", lambda *_: request.param)
     return request.param
@@ -134,7 +134,7 @@ def test_halves_equal_the_whole(order):
     plan = route_plan(ids, 3)
     H = lora_down(t["x"], t["A"], plan)
     y = lora_up(H, t["B"], plan, t["weights"], base_TO=t["base"], scale=0.7)
-    whole = lora_experts(t["x"], t["A"], t["B"], ids, t["weights"], base_TO=t["base"], scale=0.7, backend=order)
+    whole = dispatch.run_triton(order, plan, 0.7, t["x"], t["weights"], t["base"], t["A"], t["B"])
     assert torch.equal(y, whole)
 
 

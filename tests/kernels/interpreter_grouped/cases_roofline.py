@@ -51,7 +51,8 @@ def runs_of(plan, by_token):
 def tile_of(kernel, tiles, D, O, gated=False):
     config = {"width_in": D, "width_out": O, "rows": tiles.rows, "gated": gated, "itemsize": 4}
     tile = tuning.lookup(kernel, torch.device("cpu"), **config)
-    return {"rows": tiles.rows, "BN": tile["BN"], "group": tile["GROUP"], "itemsize": 4}
+    BN = sizes.product_tile(tile, O)["BN"] if kernel == "grouped_mm" else tile["BN"]
+    return {"rows": tiles.rows, "BN": BN, "group": tile["GROUP"], "itemsize": 4}
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -64,6 +65,16 @@ def test_product(gated, keep, traced):
     launch.product(x, weight, plan, tiles, gather=True, activation=activation, gated=gated, keep=keep)
     tile = tile_of("grouped_mm", tiles, D, O, gated)
     cost = roofline.product_cost(runs_of(plan, True), D, O, **tile, gated=gated, keep=keep)
+    assert traced["bytes"] == cost.l2_bytes
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("O", [3, 16, 40])
+def test_narrow_product(O, by_token, traced):
+    plan, D = route_plan(IDS, 5), 70
+    tiles = launch.plan_tiles(plan, by_token=by_token)
+    launch.product(torch.randn(20, D), torch.randn(5, O, D), plan, tiles, gather=True, scatter=True)
+    cost = roofline.product_cost(runs_of(plan, True), D, O, **tile_of("grouped_mm", tiles, D, O), by_token=by_token)
     assert traced["bytes"] == cost.l2_bytes
 
 

@@ -3,6 +3,7 @@
 import heapq
 import random
 import statistics
+from functools import partial
 
 import pytest
 import torch
@@ -55,6 +56,19 @@ def test_tiles(plan, rows):
         assert places == list(range(places[0], places[0] + len(places))), "an expert's tiles stay together"
 
 
+@given(plans(), st.sampled_from([1, 2, 16, 32, 128]))
+@settings(max_examples=120, deadline=None)
+def test_tiles_by_token(plan, rows):
+    tiles = tile_map(plan, rows, by_token=True)
+    entries = ranges(tiles)
+    assert sorted(entries) == sorted(ranges(tile_map(plan, rows))), "the same tiles in another order"
+    assert tiles.num_tiles == tile_map(plan, rows).num_tiles
+    kept = [entry for entry in entries if entry[0] < plan.num_experts]
+    assert entries[: len(kept)] == kept, "dropped pairs last"
+    first = [int(plan.sorted_token_P[start]) for _, start, _ in kept]
+    assert first == sorted(first)
+
+
 @given(plans(), st.integers(1, 50))
 @settings(max_examples=120, deadline=None)
 def test_chunks(plan, rows):
@@ -82,7 +96,7 @@ def test_chunks(plan, rows):
 
 def test_lengths_do_not_depend_on_the_routing():
     routings = (torch.full((40, 2), -1), torch.zeros(40, 2, dtype=torch.long), torch.randint(0, 5, (40, 2)))
-    for build in (tile_map, chunk_map):
+    for build in (tile_map, chunk_map, partial(tile_map, by_token=True)):
         assert len({build(route_plan(ids, 5), 16).num_tiles for ids in routings}) == 1
     assert len({chunk_map(route_plan(ids, 5), 16).num_slots for ids in routings}) == 1
 
@@ -92,6 +106,7 @@ def test_maps_are_built_once():
     assert tile_map(plan, 16) is tile_map(plan, 16)
     assert chunk_map(plan, 16) is chunk_map(plan, 16)
     assert tile_map(plan, 32) is not tile_map(plan, 16)
+    assert tile_map(plan, 16, by_token=True) is tile_map(plan, 16, by_token=True) is not tile_map(plan, 16)
 
 
 def makespan(costs, workers=WORKERS):
