@@ -11,6 +11,8 @@ from moe_kit_kernels.roofline import lora_designs, mlp_designs
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench._library_sides import library_sides
+
 COPY_LIMIT_BYTES = 1e9
 """transformers' batched_mm copies the weights of every pair; it takes part below this."""
 MASKED_EXPERTS = 16
@@ -31,6 +33,8 @@ class Sides:
     """Least bytes that a forward moves."""
     backward_bytes: float
     """Least bytes that a backward moves."""
+    left_out: dict[str, str]
+    """Library -> why it does not take part."""
 
 
 def minimal_bytes(designs: Sequence[dict], itemsize: int) -> tuple[float, float]:
@@ -161,11 +165,14 @@ def experts_sides(options: argparse.Namespace, ids: Tensor) -> Sides:
     sides |= transformers_sides(ids, E, D, H, x.element_size())
     if E <= MASKED_EXPERTS:
         sides["masked GEMMs"] = masked
+    others, left_out = library_sides("experts_mlp", ids, E, dtype, (D, H))
+    sides |= others
     for name, peer in peers("experts_mlp", options.peer).items():
         sides[name] = lambda x, up, down, w, peer=peer: peer(x, up, down, ids, w)
     sides["loop"] = loop
     least = mlp_designs(T, ids.shape[1], E, D, H), mlp_designs(T, ids.shape[1], E, D, H, backward=True)
-    return Sides(sides, [x, up, down, weights], 6.0 * ids.numel() * D * H, *minimal_bytes(least, x.element_size()))
+    moved = minimal_bytes(least, x.element_size())
+    return Sides(sides, [x, up, down, weights], 6.0 * ids.numel() * D * H, *moved, left_out)
 
 
 def lora_sides(options: argparse.Namespace, ids: Tensor) -> Sides:
@@ -202,12 +209,14 @@ def lora_sides(options: argparse.Namespace, ids: Tensor) -> Sides:
     # its rows must be whole 16-byte steps
     if L * x.element_size() % 16 == 0:
         sides["torch grouped_mm"] = grouped
+    others, left_out = library_sides("lora_experts", ids, E, dtype, (D, O))
+    sides |= others
     for name, peer in peers("lora_experts", options.peer).items():
         sides[name] = lambda x, A, B, w, peer=peer: peer(x, A, B, ids, w)
     sides["loop"] = loop
     least = lora_designs(T, ids.shape[1], E, L, D, O), lora_designs(T, ids.shape[1], E, L, D, O, backward=True)
     work = 2.0 * ids.numel() * L * (D + O)
-    return Sides(sides, [x, A, B, weights], work, *minimal_bytes(least, x.element_size()))
+    return Sides(sides, [x, A, B, weights], work, *minimal_bytes(least, x.element_size()), left_out)
 
 
 BUILD = {"experts_mlp": experts_sides, "lora_experts": lora_sides}

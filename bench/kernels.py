@@ -2,8 +2,9 @@
 
 Runs on the GPU if there is one, else on the CPU. Checks first (outputs and all gradients of every side against a loop over
 experts), then measures forward and forward + backward, alternating, against torch's grouped_mm, transformers' expert
-implementations (eager, grouped_mm, batched_mm), masked GEMMs and the loop. Any other implementation joins with
-`--peer operator=module:function`. scattermoe, Liger and SonicMoE are looked for and named; they have no adapter here.
+implementations (eager, grouped_mm, batched_mm), masked GEMMs, the loop, and scattermoe, Liger and SonicMoE where they can be
+imported and run (a line says which were left out and why). Any other implementation joins with `--peer
+operator=module:function`.
 
 A row holds quantiles, TFLOPS of useful work, GB/s of the bytes that must move, the share of the roofline that this machine
 reached in a large GEMM and a large copy, and the peak of new memory. `--baseline FILE` compares with the rows of an earlier
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from bench._kernel_sides import BUILD, Sides, draw_ids
 
-OTHER_LIBRARIES = ("scattermoe", "liger_kernel", "sonicmoe")
 DIRECTIONS = ("forward", "forward + backward")
 
 
@@ -109,6 +109,8 @@ def rows(operator: str, options: argparse.Namespace) -> list[dict]:
     torch.manual_seed(0)
     ids = draw_ids(options.load, options.tokens, options.experts, options.top_k).to(device)
     sides = BUILD[operator](options, ids)
+    if sides.left_out:
+        print(f"{operator}: left out: " + "; ".join(f"{name}, {why}" for name, why in sides.left_out.items()))
     check(sides.functions, sides.inputs, 1e-4 if options.dtype == "float32" else 3e-2)
     peak, bandwidth = rates(device, getattr(torch, options.dtype))
     result = []
@@ -220,11 +222,6 @@ def main(arguments: list[str] | None = None) -> None:
     if options.rounds < 2:
         raise KernelError(f"bench kernels: --rounds got {options.rounds}; expected at least 2. Quantiles need two.")
     options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    present = [name for name in OTHER_LIBRARIES if importlib.util.find_spec(name) is not None]
-    absent = [name for name in OTHER_LIBRARIES if name not in present]
-    print(
-        f"not importable here: {', '.join(absent) or 'none'}; importable, join with --peer: {', '.join(present) or 'none'}"
-    )
     table = [row for operator in options.operator for row in rows(operator, options)]
     known = _known(options.baseline)
     for row in table:
