@@ -71,7 +71,7 @@ def test_product(gated, keep, traced):
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("O", [3, 16, 40])
 def test_narrow_product(O, by_token, traced):
-    plan, D = route_plan(IDS, 5), 70
+    plan, D = route_plan(IDS, 5), 72
     tiles = launch.plan_tiles(plan, by_token=by_token)
     launch.product(torch.randn(20, D), torch.randn(5, O, D), plan, tiles, gather=True, scatter=True)
     cost = roofline.product_cost(runs_of(plan, True), D, O, **tile_of("grouped_mm", tiles, D, O), by_token=by_token)
@@ -169,7 +169,7 @@ def test_compaction(traced):
     packed = compaction.gather(x, index)
     assert traced["bytes"] == roofline.gather_cost(5, 3, 40, itemsize=4).l2_bytes
     traced["bytes"] = 0
-    compaction.scatter(packed, index, x, weights)
+    compaction.scatter(packed, index, x, 20, weights)
     assert traced["bytes"] == roofline.scatter_cost(20, 3, 40, itemsize=4).l2_bytes
     traced["bytes"] = 0
     compaction.scatter_backward(x, packed, index, weights, True, True)
