@@ -192,7 +192,10 @@ def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def _abandoned(state: HookedRouting, module: nn.Module) -> bool:
     """Whether the pass that looks open has died: torch runs no closing hook after a KeyboardInterrupt.
 
-    A pass that is alive has its call on the stack, above that of its part.
+    An open context alone cannot tell a part inside a live pass from a part called after a dead one, and nothing else
+    runs when a pass dies. The call stack can: a live pass has its model's call on it, above that of the part. The
+    walk happens once for each part (the backbone) and pass; an exception handler of ours around
+    forward would be the alternative, and would hide the model's own `forward` from compilers and other hooks.
     """
     if not state.opened_eagerly or torch.compiler.is_compiling():
         return False

@@ -2,7 +2,8 @@
 
 Work is counted in floating-point operations of the forward pass: a weight that a token meets costs one multiplication
 and one addition, so 2 FLOPs. Attention over earlier tokens, norms and activations are left out on both sides. A token
-meets K of the E experts at a linear, hence K/E of the bank's weights, and all weights of the router.
+meets K of the E experts at a linear, hence K/E of the bank's weights, and all weights of the router. The same holds for
+the stacked experts of a mixture-of-experts base and for the LoRAs on them, with the base's own K and E.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _INDEX = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModule:
-    """One adapted linear."""
+    """One adapted linear, or one adapted stack of a base's experts."""
 
     path: str
     """Module path in the base model."""
@@ -71,7 +72,7 @@ class Inspection:
     """Parameters with a gradient."""
 
     base_flops: int
-    """FLOPs a token of the base model's forward pass: 2 for each weight of its linears and output head."""
+    """FLOPs a token of the base model's forward pass: 2 for each weight of its linears, active experts, output head."""
 
     @property
     def active_parameters(self) -> int:
@@ -108,7 +109,10 @@ def inspect_model(model: Any, adapter_name: str = "default") -> Inspection:
     from transformers.pytorch_utils import Conv1D
 
     from moe_kit.adapters import RoutedLayer
+    from moe_kit.adapters.base_experts import AdaptedExperts
+    from moe_kit.hf.experts import stacked_weights
 
+    chosen_by_base = getattr(model.get_base_model().config.get_text_config(), "num_experts_per_tok", None)
     config = model.peft_config[adapter_name]
     modules, adapter_parameters, weights = [], 0, 0
     for name, module in model.get_base_model().named_modules():
@@ -128,6 +132,21 @@ def inspect_model(model: Any, adapter_name: str = "default") -> Inspection:
                     router_parameters=_count(own),
                 )
             )
+        elif isinstance(module, AdaptedExperts) and adapter_name in module.moe_adapter_bank:
+            for stack, lora in module.moe_adapter_bank[adapter_name].items():
+                experts, _, width_in = lora.A.shape
+                modules.append(
+                    AdaptedModule(
+                        path=f"{name}.{stack}",
+                        width_in=width_in,
+                        width_out=lora.B.shape[1],
+                        experts=experts,
+                        active=min(chosen_by_base or experts, experts),
+                        parameters=_count(lora.parameters()),
+                        router=None,
+                        router_parameters=0,
+                    )
+                )
         elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
             both = [*module.lora_A[adapter_name].parameters(), *module.lora_B[adapter_name].parameters()]
             modules.append(
@@ -144,6 +163,8 @@ def inspect_model(model: Any, adapter_name: str = "default") -> Inspection:
             )
         elif isinstance(module, (torch.nn.Linear, Conv1D)) and ".lora_" not in name and "moe_adapter" not in name:
             weights += module.weight.numel()
+        for stack in stacked_weights(module).values():
+            weights += stack.numel() * min(chosen_by_base or len(stack), len(stack)) // len(stack)
     adapter_parameters = sum(m.parameters + m.router_parameters for m in modules)
     return Inspection(
         method=getattr(config, "preset", None) or str(getattr(config.peft_type, "value", config.peft_type)).lower(),
@@ -161,7 +182,11 @@ def print_inspection(found: Inspection, console: Console) -> None:
         found: What `inspect_model` returned.
         console: Where to write.
     """
-    table = Table(title=f"{found.method}: {len(found.modules)} adapted linears", title_justify="left")
+    experts_too = any(module.router is None and module.experts > 1 for module in found.modules)
+    table = Table(
+        title=f"{found.method}: {len(found.modules)} adapted {'weights' if experts_too else 'linears'}",
+        title_justify="left",
+    )
     for name in ("modules", "count", "in -> out", "experts", "active", "parameters"):
         table.add_column(name, justify="left" if name == "modules" else "right", no_wrap=name != "modules")
     for pattern, group in _grouped(found.modules).items():

@@ -28,7 +28,8 @@ def adapter_config(model: PreTrainedModel, config: AdapterConfig) -> PeftConfig:
 
     Args:
         model: The base model; its layers are counted and its linears are listed.
-        config: The adapter section. `settings` without `target_modules` adapts all linears of the decoder layers.
+        config: The adapter section. `settings` without `target_modules` adapts all linears of the decoder layers, or
+            none where `target_parameters` asks for the experts of the base.
 
     Returns:
         A `peft.LoraConfig` for `lora`, else a `moe_kit.RoutedAdapterConfig`.
@@ -38,15 +39,16 @@ def adapter_config(model: PreTrainedModel, config: AdapterConfig) -> PeftConfig:
     """
     settings = dict(config.settings)
     layers = model.config.get_text_config().num_hidden_layers
-    targets = settings.get("target_modules", "all-linear")
+    targets = settings.get("target_modules", None if settings.get("target_parameters") else "all-linear")
     if config.upper_layers is not None:
         if config.upper_layers > layers:
             raise ConfigError(f"adapter.upper_layers: got {config.upper_layers}, the model has {layers} layers")
         if settings.get("layers_to_transform") is not None:
             raise ConfigError("adapter: give upper_layers or settings.layers_to_transform, not both")
         settings["layers_to_transform"] = list(range(layers - config.upper_layers, layers))
-        # peft takes layer indices only together with a list of names
-        if targets == "all-linear":
+        # peft takes layer indices only together with a list of names; ours finds all linears of the layers, which
+        # leaves out the router of a mixture-of-experts base
+        if targets == "all-linear" and config.preset == LORA:
             targets = linear_names(model)
     settings["target_modules"] = targets
     settings.setdefault("task_type", "CAUSAL_LM")

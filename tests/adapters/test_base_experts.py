@@ -1,9 +1,12 @@
 """A LoRA on each expert of the base: equal to the naive merged weights, and a PEFT adapter like any other."""
 
+import io
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from torch import nn
 from torch.func import functional_call
 from transformers.integrations.moe import use_experts_implementation
@@ -12,6 +15,9 @@ from moe_kit import ConfigError, RoutedAdapterConfig, RoutingError
 from moe_kit.adapters import collapse_to_lora
 from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.transfer import copy_experts
+from moe_kit.training.inspection import inspect_model, print_inspection
+from moe_kit.training.recipe import AdapterConfig
+from moe_kit.training.wrapping import adapter_config, wrap_model
 from tests.tiny import wake_banks
 from tests.tolerances import assert_close
 
@@ -374,3 +380,30 @@ def test_only_when_asked(caplog):
     model = get_peft_model(base_of("Mixtral"), config_of(target_parameters=None, target_modules="all-linear"))
     assert not layers_of(model)
     assert "target_parameters adapts its experts" in caplog.text
+
+
+def test_inspection_counts_what_a_token_meets():
+    found = inspect_model(wrap(base_of("Qwen3Moe"), target_modules=["q_proj"], num_experts=4, top_k=2), NAME)
+    stacks = {m.path: m for m in found.modules if "experts" in m.path}
+    assert len(stacks) == 4
+    up = stacks["model.layers.0.mlp.experts.gate_up_proj"]
+    assert (up.width_in, up.width_out, up.experts, up.active, up.router) == (16, 24, 6, 3, None)
+    assert up.parameters == 6 * 3 * (16 + 24)
+    assert up.active_parameters == 3 * 3 * (16 + 24)
+    # q 16, k and v 8 wide each, o, three of six experts of width 12, and the head
+    linears = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * (24 * 16 + 12 * 16)
+    assert found.base_flops == 2 * (2 * linears + 61 * 16)
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_inspection(found, console)
+    assert "6 adapted weights" in console.export_text()
+
+
+def test_a_recipe_asks_for_them_alone_or_beside_upper_linears():
+    base = base_of("Mixtral")
+    alone = AdapterConfig(settings={"target_parameters": BOTH, "r": 2})
+    assert adapter_config(base, alone).target_modules is None
+    both = AdapterConfig(upper_layers=1, settings={"target_modules": "all-linear", "target_parameters": BOTH, "r": 2})
+    model = wrap_model(base, both)
+    adapted = [path for path, module in model.named_modules() if hasattr(module, "moe_adapter_bank")]
+    assert {path.rpartition(".")[2] for path in adapted} == {"q_proj", "k_proj", "v_proj", "o_proj", "experts"}
+    assert all(".layers.1." in path for path in adapted)
