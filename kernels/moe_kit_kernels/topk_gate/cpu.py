@@ -2,7 +2,8 @@
 
 A full stable sort is the price of "ties to the lowest index", and most rows have no ties: `torch.topk` of K + 1 values
 is taken, and only if two of them are equal somewhere is the sort run. Reading that one flag costs nothing on the CPU;
-on an accelerator the sort runs always, since the flag would wait for the device.
+on an accelerator the sort runs always, since the flag would wait for the device. `gate` knows cheaper ways for rows that
+are short or many.
 
 With renormalised softmax the weights are the softmax of the chosen logits alone, so the other experts are never
 exponentiated and get exactly zero gradient:
@@ -12,6 +13,7 @@ exponentiated and get exactly zero gradient:
 Legend: T tokens, K slots a token, E experts.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -101,6 +103,11 @@ def gate(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if all(len(set(row)) == len(row) for row in logits_TE.tolist()):
             values, ids = logits_TE.topk(k)
             return ids, values.softmax(-1)
+    elif logits_TE.numel() > 4096 and k <= 4:
+        values, ids = _largest(logits_TE, k)
+        # with fewer than k finite logits a pass may have come to an expert that was taken before
+        if float(values[:, -1].min()) > -math.inf:
+            return ids, values.softmax(-1)
     elif logits_TE.shape[1] <= 16:
         # short rows: the stable sort itself costs less than to look for ties
         values, ids = logits_TE.sort(dim=-1, descending=True, stable=True)
@@ -111,6 +118,18 @@ def gate(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
             return ids.narrow(1, 0, k).contiguous(), values.narrow(1, 0, k).softmax(-1)
     ids_TK = stable_topk(logits_TE, k)
     return ids_TK, logits_TE.gather(1, ids_TK).softmax(-1)
+
+
+def _largest(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, best first, by k passes: `max` is vectorised, and takes the first of equal values."""
+    values, ids = [], []
+    for _ in range(k):
+        if ids:
+            scores_TE = scores_TE.scatter(1, ids[-1], -math.inf)
+        value_T1, id_T1 = scores_TE.max(dim=1, keepdim=True)
+        values.append(value_T1)
+        ids.append(id_T1)
+    return torch.cat(values, dim=1), torch.cat(ids, dim=1)
 
 
 class LinearGate(torch.autograd.Function):
