@@ -15,14 +15,13 @@ Shapes: B rows, M Monte Carlo samples, U units, L layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_kit.depth.loop import FitConfig, Keeper, fit
 from moe_kit.depth.losses import Trace, class_weights, focal_loss
 from moe_kit.depth.measure import forecast_losses, sum_losses
 from moe_kit.depth.state import DepthState, find_depth_state
@@ -30,115 +29,17 @@ from moe_kit.depth.steer import force_layers
 from moe_kit.errors import ConfigError
 from moe_kit.routing.policy import rloo_loss
 
+__all__ = [
+    "FitConfig",
+    "fit",
+    "fit_end_to_end",
+    "fit_forecasters",
+    "fit_others",
+    "fit_policy",
+    "fit_supervised",
+]
+
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """Settings of a training phase."""
-
-    steps: int = 500
-    """Optimizer steps, 1 or more."""
-
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW, above 0."""
-
-    schedule: str = "cosine"
-    """`cosine` (to 0) or `constant`, after a linear warm-up."""
-
-    warmup_steps: int = 0
-    """Steps of the warm-up."""
-
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 does not clip."""
-
-    gamma: float = 2.0
-    """Exponent of the focal loss (supervised)."""
-
-    beta: float = 0.999
-    """Class balance of the focal loss (supervised); nearer to 1 re-balances more."""
-
-    tau_start: float = 5.0
-    """Gumbel temperature at the first step (end to end, Gumbel routers)."""
-
-    tau_end: float = 1.0
-    """Gumbel temperature at the last step."""
-
-    samples: int = 4
-    """M: sampled routes for each sequence (policy), 2 or more."""
-
-    cost: float = 0.1
-    """Price, in nats a token, of running every routable layer once (policy)."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}, expected 1 or more.")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate is {self.learning_rate}, expected a number above 0.")
-        if self.schedule not in ("cosine", "constant"):
-            raise ConfigError(f"schedule is {self.schedule!r}, expected 'cosine' or 'constant'.")
-        if self.samples < 2:
-            raise ConfigError(f"samples is {self.samples}, expected 2 or more for a leave-one-out estimate.")
-
-
-def fit(
-    model: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    losses: Iterator[Callable[[], Tensor]],
-    config: FitConfig,
-    on_step: Callable[[int, float], None] | None = None,
-) -> list[float]:
-    """The loop under every recipe.
-
-    Args:
-        model: put into training mode for the duration.
-        parameters: what learns; everything else is left as it is.
-        losses: yields, for each step, a function that computes its loss.
-        config: settings.
-        on_step: called with the step and its loss.
-
-    Returns:
-        Loss of every step.
-
-    Raises:
-        ConfigError: if there is nothing to train, or the batches end before the steps.
-    """
-    if not parameters:
-        raise ConfigError("nothing to train: the active adapter has no such parameters (static and random have none).")
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
-    was_training, history = model.training, []
-    model.train()
-    try:
-        for step in range(config.steps):
-            compute = next(losses, None)
-            if compute is None:
-                raise ConfigError(f"the batches ended after {step} of {config.steps} steps: give more, or fewer steps.")
-            loss = compute()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if config.max_grad_norm:
-                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            history.append(float(loss.detach()))
-            if on_step is not None:
-                on_step(step, history[-1])
-    finally:
-        model.train(was_training)
-    return history
-
-
-def _rate(step: int, config: FitConfig) -> float:
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def _learn_only(model: nn.Module, wanted: Callable[[str], bool]) -> list[nn.Parameter]:
@@ -163,6 +64,7 @@ def fit_supervised(
     *,
     class_counts: Sequence[float] | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> list[float]:
     """Train routers on searched routes; layer l sees the states of the searched route, not of its own mistakes.
 
@@ -172,6 +74,7 @@ def fit_supervised(
         config: settings.
         class_counts: labels of skip, execute, repeat in all data, for the balance; None = no balance.
         on_step: called with the step and its loss.
+        keeper: see `fit`.
 
     Returns:
         Focal loss of every step.
@@ -187,7 +90,7 @@ def fit_supervised(
         for batch, actions in examples:
             yield lambda batch=batch, actions=actions: _supervised_loss(model, state, batch, actions, alpha_A, config)
 
-    return fit(model, parameters, losses(), config, on_step)
+    return fit(model, parameters, losses(), config, on_step, keeper=keeper)
 
 
 def _supervised_loss(
@@ -215,6 +118,7 @@ def fit_end_to_end(
     config: FitConfig,
     *,
     on_step: Callable[[int, float], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> list[float]:
     """Train routers, and the stand-ins of gated presets, by the language-model loss plus the routing losses.
 
@@ -223,6 +127,7 @@ def fit_end_to_end(
         batches: with labels.
         config: settings; Gumbel routers cool from `tau_start` to `tau_end`.
         on_step: called with the step and its loss.
+        keeper: see `fit`.
 
     Returns:
         Loss of every step, routing losses included.
@@ -240,7 +145,7 @@ def fit_end_to_end(
             settings.tau = config.tau_start + (config.tau_end - config.tau_start) * min(1.0, done)
             yield lambda batch=batch: model(**batch, use_cache=False).loss
 
-    return fit(model, parameters, losses(), config, on_step)
+    return fit(model, parameters, losses(), config, on_step, keeper=keeper)
 
 
 def fit_forecasters(
@@ -249,6 +154,7 @@ def fit_forecasters(
     config: FitConfig,
     *,
     on_step: Callable[[int, float], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> list[float]:
     """Fit every forecaster to the increment of its unit on dense hidden states.
 
@@ -257,6 +163,7 @@ def fit_forecasters(
         batches: labels are not read.
         config: settings.
         on_step: called with the step and its loss.
+        keeper: see `fit`.
 
     Returns:
         Loss of every step: SmoothL1 over real tokens, summed over units.
@@ -268,7 +175,7 @@ def fit_forecasters(
         for batch in batches:
             yield lambda batch=batch: sum_losses(forecast_losses(model, batch))
 
-    return fit(model, parameters, losses(), config, on_step)
+    return fit(model, parameters, losses(), config, on_step, keeper=keeper)
 
 
 def fit_policy(
@@ -277,6 +184,7 @@ def fit_policy(
     config: FitConfig,
     *,
     on_step: Callable[[int, float], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> list[float]:
     r"""Train per-sequence routers by reward: M routes are sampled for each sequence,
 
@@ -289,6 +197,7 @@ def fit_policy(
         batches: with labels.
         config: settings; `samples` and `cost`.
         on_step: called with the step and its mean negative reward.
+        keeper: see `fit`.
 
     Returns:
         Mean negative reward of every step.
@@ -309,8 +218,7 @@ def fit_policy(
         for batch in batches:
             yield lambda batch=batch: _policy_loss(model, state, batch, config, values)
 
-    fit(model, parameters, losses(), config, None if on_step is None else lambda step, _: on_step(step, values[step]))
-    return values
+    return fit(model, parameters, losses(), config, on_step, figure=lambda: values[-1], keeper=keeper)
 
 
 def _policy_loss(model: nn.Module, state: DepthState, batch: Batch, config: FitConfig, values: list[float]) -> Tensor:
@@ -342,6 +250,7 @@ def fit_others(
     *,
     adapters: Sequence[str],
     on_step: Callable[[int, float], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> list[float]:
     """Train other adapters, such as LoRA, under frozen routers that decide hard: FiRST's second phase.
 
@@ -351,6 +260,7 @@ def fit_others(
         config: settings.
         adapters: names of the adapters that learn.
         on_step: called with the step and its loss.
+        keeper: see `fit`.
 
     Returns:
         Language-model loss of every step.
@@ -365,4 +275,4 @@ def fit_others(
         for batch in batches:
             yield lambda batch=batch: model(**batch, use_cache=False).loss
 
-    return fit(model, parameters, losses(), config, on_step)
+    return fit(model, parameters, losses(), config, on_step, keeper=keeper)

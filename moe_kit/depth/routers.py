@@ -265,20 +265,22 @@ def choose_rows(logits: list[list[float]], config: LayerRoutingConfig) -> list[i
         >>> choose_rows([[0.0, 1.0, 2.0], [3.0, 3.0, 0.0]], LayerRoutingConfig())  # equal scores execute
         [2, 1]
     """
-    codes, p = config.action_codes, config.budget
+    codes, p, kind = config.action_codes, config.budget, config.budget_kind
     execute = codes.index(EXECUTE)
-    others = [index for index in range(len(codes)) if index != execute]
+    target = None
+    if kind == "interpolation" and p:
+        target = SKIP if p < 0 else REPEAT
+        target = target if target in codes else EXECUTE
     actions = []
     for score in logits:
-        if config.budget_kind == "threshold":
-            run = _softmax(score)[execute] >= p
+        if target is not None:
+            score = [(1 - abs(p)) * q + abs(p) * (code == target) for q, code in zip(_softmax(score), codes)]
+        run = _softmax(score)[execute] >= p if kind == "threshold" else score[execute] >= max(score)
+        if run:
+            actions.append(EXECUTE)
         else:
-            if config.budget_kind == "interpolation" and p:
-                target = SKIP if p < 0 else REPEAT
-                target = target if target in codes else EXECUTE
-                score = [(1 - abs(p)) * q + abs(p) * (code == target) for q, code in zip(_softmax(score), codes)]
-            run = all(score[execute] >= score[index] for index in others)
-        actions.append(EXECUTE if run else codes[max(others, key=score.__getitem__)])
+            others = [index for index in range(len(codes)) if index != execute]
+            actions.append(codes[max(others, key=score.__getitem__)])
     return actions
 
 

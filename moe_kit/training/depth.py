@@ -1,40 +1,39 @@
-"""Layer-router recipes: from one YAML file to a trained, evaluated layer router, and to searched labels.
+"""Layer-router recipes: from one YAML file to a trained, evaluated layer router.
 
-A recipe names a model, data, a preset and a list of phases (`moe_kit.depth.fit`). Everything that the phases need is
-made here: batches of encoded examples, searched labels, a LoRA adapter beside the router. `moe-kit search-layers` and
-`train/depth_train.py` are thin callers.
+A recipe names a model, data, a preset and a list of phases (`moe_kit.depth.fit`), which run in order; the evaluation
+follows. The run can be killed at any moment and goes on with `resume` (`depth_progress`). The label search is in
+`depth_labels`, the evaluation in `depth_evaluation`, batches and the model in `depth_data`.
+
+Shapes: B rows, S sequence.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from moe_kit.depth import LayerRoutingConfig, force_layers, layer_applications
-from moe_kit.depth.fit import (
-    FitConfig,
-    fit_end_to_end,
-    fit_forecasters,
-    fit_others,
-    fit_policy,
-    fit_supervised,
-)
+from moe_kit.depth.fit import FitConfig, fit_end_to_end, fit_forecasters, fit_others, fit_policy, fit_supervised
+from moe_kit.depth.loop import Keeper
 from moe_kit.depth.measure import layer_importance
-from moe_kit.depth.search import SearchConfig, read_labels, search_paths, statistics
+from moe_kit.depth.search import read_labels
 from moe_kit.depth.state import find_depth_state
 from moe_kit.errors import CheckpointError, ConfigError
 from moe_kit.hf.saving import save_adapters
-from moe_kit.training.data import Example, load_examples
+from moe_kit.training.depth_data import DEPTH, LORA, OpenRecipe, example_batches, inputs_of, open_recipe
+from moe_kit.training.depth_evaluation import evaluate_layers
+from moe_kit.training.depth_labels import search_layers
+from moe_kit.training.depth_progress import FOLDER, Progress
 from moe_kit.training.depth_recipe import DepthRecipe, PhaseConfig, SearchSection, load_depth_recipe, settings_of
-from moe_kit.training.encoding import Collator, EncodedExamples, encode_prompt
-from moe_kit.training.models import load_model_and_tokenizer
+from moe_kit.training.encoding import Collator, EncodedExamples
+from moe_kit.training.interrupt import interruptible
+from moe_kit.training.recipe import recipe_to_yaml
 from moe_kit.training.results import write_atomically
 
 __all__ = [
@@ -50,273 +49,140 @@ __all__ = [
     "train_layers",
 ]
 
-DEPTH, LORA = "depth", "lora"
-
-
-@dataclass
-class OpenRecipe:
-    """A model with its router, and examples.
-
-    Attributes:
-        model: native model; the router is its adapter `depth`, a LoRA beside it `lora`.
-        tokenizer: its tokenizer.
-        train: training examples.
-        held_out: examples of the evaluation.
-        scorers: task -> scorer.
-        recipe: the recipe.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    train: list[Example]
-    held_out: list[Example]
-    scorers: dict[str, Any]
-    recipe: DepthRecipe
-
-    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
-        """Endless batches of training examples, in an order that the seed fixes."""
-        return example_batches(self.train, self.tokenizer, self.recipe, size)
-
-
-def example_batches(
-    examples: Sequence[Example], tokenizer: Any, recipe: DepthRecipe, size: int
-) -> Iterator[dict[str, Tensor]]:
-    """Endless batches of examples, in an order that the recipe's seed fixes.
-
-    Args:
-        examples: at least `size` that are not too long.
-        tokenizer: the model's tokenizer.
-        recipe: for its data section and its seed.
-        size: examples in a batch.
-
-    Yields:
-        `input_ids`, `attention_mask`, `labels`.
-
-    Raises:
-        ConfigError: if there are fewer examples than a batch needs.
-    """
-    rows = EncodedExamples(examples, tokenizer, recipe.data)
-    if len(rows) < size:
-        raise ConfigError(f"{len(rows)} examples are left for batches of {size}: give more, or a smaller batch_size.")
-    collate = Collator(pad_token_id=tokenizer.pad_token_id, answer_logits_only=False)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    while True:
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        for start in range(0, len(order) - size + 1, size):
-            yield _inputs(collate([rows[index] for index in order[start : start + size]]))
-
-
-def _inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-
-
-def open_recipe(recipe: DepthRecipe, train_examples: int) -> OpenRecipe:
-    """Load the model of a recipe, merge its base adapter, add its router, and load its examples.
-
-    Args:
-        recipe: the recipe.
-        train_examples: training examples to load.
-
-    Returns:
-        All that the phases need.
-    """
-    model, tokenizer = load_model_and_tokenizer(recipe.model.name, dtype=recipe.model.dtype)
-    if recipe.base_adapter is not None:
-        from peft import PeftModel
-
-        try:
-            model = PeftModel.from_pretrained(model, recipe.base_adapter).merge_and_unload()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"cannot load the base_adapter {recipe.base_adapter!r} on {recipe.model.name}: {error}. Train it first "
-                "(moe-kit train quickstart_lora), or set base_adapter to another folder or to null."
-            ) from error
-        model.peft_config = {}
-        del model.peft_config
-    torch.manual_seed(recipe.seed)
-    model.add_adapter(LayerRoutingConfig.from_preset(recipe.preset, **recipe.settings), DEPTH)
-    if recipe.lora is not None:
-        from peft import LoraConfig
-
-        model.add_adapter(LoraConfig(**recipe.lora), LORA)
-        model.set_adapter([DEPTH, LORA])
-    sets = load_examples(recipe.data, train_examples=train_examples)
-    return OpenRecipe(model, tokenizer, list(sets.train), list(sets.held_out), sets.scorers, recipe)
-
-
-def search_layers(
-    recipe: DepthRecipe, *, progress: Callable[[int, int, dict[str, Any]], None] | None = None
-) -> dict[str, Any]:
-    """Search routes for training examples and write them as JSONL.
-
-    Args:
-        recipe: the recipe; its `search` section.
-        progress: called with trees done, trees in all, and the label just found.
-
-    Returns:
-        Statistics of the labels.
-
-    Raises:
-        ConfigError: if the preset cannot be searched (it needs whole layers per sequence).
-        CheckpointError: if the output was written with other settings.
-    """
-    config = LayerRoutingConfig.from_preset(recipe.preset, **recipe.settings)
-    if config.units != "layer" or config.scope != "sequence":
-        raise ConfigError(
-            f"search-layers needs a preset that routes whole layers per sequence; {recipe.preset!r} does not."
-        )
-    work = open_recipe(recipe, recipe.search.questions)
-    state = find_depth_state(work.model)
-    examples = work.train[: recipe.search.questions]
-    settings = dict(recipe.search.settings)
-    settings.setdefault("repeats", "repeat" in config.actions)
-    evaluate = _likelihood(work, examples) if recipe.search.scorer == "likelihood" else _exact(work, examples)
-    done = [0]
-
-    def step(label: dict[str, Any]) -> None:
-        done[0] += 1
-        if progress is not None:
-            progress(done[0], len(examples), label)
-
-    work.model.eval()
-    labels = search_paths(
-        [example.example_id for example in examples],
-        evaluate,
-        num_layers=state.num_layers,
-        routable=sorted(state.units[DEPTH]),
-        config=settings_of(SearchConfig, settings, "search.settings"),
-        output=recipe.search.output,
-        progress=step,
-    )
-    return statistics(labels, state.num_layers)
-
-
-def _likelihood(work: OpenRecipe, examples: Sequence[Example]) -> Callable:
-    """Geometric mean probability of the right answer's tokens."""
-    rows = EncodedExamples(examples, work.tokenizer, work.recipe.data)
-    if len(rows) != len(examples):
-        raise ConfigError(
-            "some examples are longer than data.max_length and were dropped: set data.too_long: cut_prompt."
-        )
-    collate = Collator(pad_token_id=work.tokenizer.pad_token_id, answer_logits_only=False)
-
-    @torch.no_grad()
-    def evaluate(asked: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
-        batch = _inputs(collate([rows[index] for index, _ in asked]))
-        labels_BS = batch.pop("labels")[:, 1:]
-        with force_layers(work.model, [list(path) for _, path in asked]):
-            logits_BSV = work.model(**batch, use_cache=False).logits[:, :-1]
-        loss_BS = functional.cross_entropy(
-            logits_BSV.float().transpose(1, 2), labels_BS, ignore_index=-100, reduction="none"
-        )
-        return torch.exp(-loss_BS.sum(1) / (labels_BS != -100).sum(1).clamp_min(1)).tolist()
-
-    return evaluate
-
-
-def _exact(work: OpenRecipe, examples: Sequence[Example]) -> Callable:
-    """The task's own scorer on a greedy answer."""
-    from moe_kit.evaluation.scores import score_one
-
-    prompts = [encode_prompt(example, work.tokenizer, work.recipe.data) for example in examples]
-
-    @torch.no_grad()
-    def evaluate(asked: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
-        width = max(len(prompts[index]) for index, _ in asked)
-        ids_BS = torch.full((len(asked), width), work.tokenizer.pad_token_id)
-        mask_BS = torch.zeros_like(ids_BS)
-        for row, (index, _) in enumerate(asked):
-            ids_BS[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask_BS[row, width - len(prompts[index]) :] = 1
-        with force_layers(work.model, [list(path) for _, path in asked]):
-            out_BS = work.model.generate(
-                input_ids=ids_BS,
-                attention_mask=mask_BS,
-                max_new_tokens=work.recipe.search.max_new_tokens,
-                do_sample=False,
-                eos_token_id=work.tokenizer.eos_token_id,
-                pad_token_id=work.tokenizer.pad_token_id,
-            )
-        answers = work.tokenizer.batch_decode(out_BS[:, width:], skip_special_tokens=True)
-        return [score_one(examples[index], answer.strip(), work.scorers) for (index, _), answer in zip(asked, answers)]
-
-    return evaluate
+# may differ between a run and its resumption
+_FREE = ("output_dir", "save_steps", "eval_batch_size")
 
 
 def run_depth(
     config: DepthRecipe | str | Path | dict,
     overrides: Sequence[str] = (),
     *,
+    resume: bool = False,
     on_step: Callable[[str, int, float], None] | None = None,
 ) -> dict[str, Any]:
     """Read a recipe and train it: what a command line calls.
 
     Args:
-        config: a recipe, a YAML file, the name of a shipped one (`depth/first`), or its content as a dict.
+        config: a recipe, a YAML file, the name of a shipped one (`depth/first`), the folder of an earlier run, or a
+            recipe's content as a dict.
         overrides: words such as `--seed 1`, for a file, a name or a dict.
+        resume: go on where an interrupted run with this `output_dir` stopped.
         on_step: called with the phase's kind, the step and its loss.
 
     Returns:
         What `results.json` in the recipe's `output_dir` holds.
 
     Raises:
-        ConfigError: if the recipe cannot be read, or a key or value is wrong.
+        ConfigError: if the recipe cannot be read, or a key or value is wrong, or differs from the one being resumed.
         CheckpointError: if it needs searched labels and there are none.
     """
     if isinstance(config, DepthRecipe) and overrides:
         raise ConfigError(f"options {list(overrides)} were given with a finished recipe: give the file or its content.")
     recipe = config if isinstance(config, DepthRecipe) else load_depth_recipe(config, overrides)
-    return train_layers(recipe, on_step=on_step)
+    return train_layers(recipe, resume=resume, on_step=on_step)
 
 
-def train_layers(recipe: DepthRecipe, *, on_step: Callable[[str, int, float], None] | None = None) -> dict[str, Any]:
+def train_layers(
+    recipe: DepthRecipe, *, resume: bool = False, on_step: Callable[[str, int, float], None] | None = None
+) -> dict[str, Any]:
     """Run the phases of a recipe, evaluate on held-out examples, save adapters and results.
 
     Args:
         recipe: the recipe.
+        resume: go on where an interrupted run with this `output_dir` stopped; a finished run returns its results, and
+            without anything to go on from the run starts over.
         on_step: called with the phase's kind, the step and its loss.
 
     Returns:
         What `results.json` holds: losses of the phases, answer loss and layers applied, by task and in the mean.
 
     Raises:
-        CheckpointError: if `supervised` finds no labels; `moe-kit search-layers` makes them.
+        ConfigError: if the recipe differs from the one being resumed.
+        CheckpointError: if `supervised` finds no labels (`moe-kit search-layers` makes them), or the kept state cannot
+            be read.
+        KeyboardInterrupt: interrupted; the message says how to go on. While a phase trains, the step under way is
+            finished and kept first; a second interruption stops at once.
     """
+    folder = Path(recipe.output_dir)
+    _prepare(recipe, folder, resume)
+    if resume and (folder / "results.json").is_file():
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    try:
+        return _train(recipe, folder, resume, on_step)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"`moe-kit train {folder} --resume` goes on from what {folder} holds.") from stop
+
+
+def _train(
+    recipe: DepthRecipe, folder: Path, resume: bool, on_step: Callable[[str, int, float], None] | None
+) -> dict[str, Any]:
     need = max([settings_of(FitConfig, p.settings, "").steps * p.batch_size for p in recipe.phases], default=64)
     work = open_recipe(recipe, max(need, recipe.search.questions))
-    results: dict[str, Any] = {"preset": recipe.preset, "seed": recipe.seed, "phases": []}
-    for phase in recipe.phases:
+    config = find_depth_state(work.model).configs[DEPTH]
+    progress = Progress(folder, work.model, work.learned, config, recipe.save_steps, resume)
+    for phase in recipe.phases[progress.phase :]:
 
         def step(index: int, loss: float, kind: str = phase.kind) -> None:
             if on_step is not None:
                 on_step(kind, index, loss)
 
-        history = _run_phase(work, phase, step)
-        results["phases"].append(
-            {"kind": phase.kind, "steps": len(history), "last_loss": history[-1] if history else None}
-        )
-    results["held_out"] = evaluate_layers(work.model, work.tokenizer, work.held_out, recipe)
-    folder = Path(recipe.output_dir)
+        with interruptible() as progress.stopping:
+            history = _run_phase(work, phase, step, progress)
+        progress.stopping = None
+        progress.end_phase({"kind": phase.kind, "steps": len(history), "last_loss": history[-1] if history else None})
+    results: dict[str, Any] = {"preset": recipe.preset, "seed": recipe.seed, "phases": progress.results}
+    results["held_out"] = evaluate_layers(work.model, work.tokenizer, work.held_out, recipe, kept=progress.evaluation)
     save_adapters(work.model, folder)
     write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    progress.remove()
     return results
 
 
-def _run_phase(work: OpenRecipe, phase: PhaseConfig, step: Callable[[int, float], None]) -> list[float]:
+def _prepare(recipe: DepthRecipe, folder: Path, resume: bool) -> None:
+    """Create the output folder and write the recipe; on resume, check that it is the same run."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {folder} is a file, expected a folder")
+    stored = folder / "recipe.yaml"
+    if resume and stored.is_file():
+        before = load_depth_recipe(stored)
+        different = [
+            field.name
+            for field in dataclasses.fields(DepthRecipe)
+            if field.name not in _FREE and getattr(before, field.name) != getattr(recipe, field.name)
+        ]
+        if different:
+            raise ConfigError(
+                f"--resume: {different} differ from {stored}; a resumed run must be the same. "
+                f"Use `moe-kit train {folder} --resume`, or leave --resume out to start over."
+            )
+    else:
+        # what an older run left would be taken for this one's on a later --resume
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        (folder / "results.json").unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"output_dir: cannot create {folder}: {error}") from error
+    write_atomically(stored, recipe_to_yaml(recipe))
+
+
+def _run_phase(
+    work: OpenRecipe, phase: PhaseConfig, step: Callable[[int, float], None], progress: Progress
+) -> list[float]:
     config = settings_of(FitConfig, phase.settings, "phases.settings")
     batches = work.batches(phase.batch_size)
     if phase.kind == "supervised":
-        return _supervised(work, phase, config, step)
+        return _supervised(work, phase, config, step, progress)
     if phase.kind == "lora":
-        return fit_others(work.model, batches, config, adapters=[LORA], on_step=step)
+        return fit_others(work.model, batches, config, adapters=[LORA], on_step=step, keeper=progress)
     if phase.kind == "importance":
         _skip_least_important(work, [next(batches) for _ in range(8)])
         return []
     loops: dict[str, Callable] = {"end_to_end": fit_end_to_end, "forecasters": fit_forecasters, "policy": fit_policy}
-    return loops[phase.kind](work.model, batches, config, on_step=step)
+    return loops[phase.kind](work.model, batches, config, on_step=step, keeper=progress)
 
 
-def _supervised(work: OpenRecipe, phase: PhaseConfig, config: FitConfig, step: Callable) -> list[float]:
+def _supervised(work: OpenRecipe, phase: PhaseConfig, config: FitConfig, step: Callable, keeper: Keeper) -> list[float]:
     labels = {label["id"]: label["actions"] for label in read_labels(work.recipe.search.output)}
     examples = [example for example in work.train if example.example_id in labels]
     if not examples:
@@ -332,10 +198,10 @@ def _supervised(work: OpenRecipe, phase: PhaseConfig, config: FitConfig, step: C
             index = torch.randint(len(rows), (phase.batch_size,), generator=generator).tolist()
             batch = collate([rows[i] for i in index])
             actions = torch.tensor([labels[name] for name in batch["example_ids"]])
-            yield _prompts(_inputs(batch)), actions
+            yield _prompts(inputs_of(batch)), actions
 
     counts = [sum(row.count(action) for row in labels.values()) for action in range(3)]
-    return fit_supervised(work.model, data(), config, class_counts=counts, on_step=step)
+    return fit_supervised(work.model, data(), config, class_counts=counts, on_step=step, keeper=keeper)
 
 
 def _prompts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -352,52 +218,3 @@ def _skip_least_important(work: OpenRecipe, batches: list[dict[str, Tensor]]) ->
     config.skip_layers = sorted(order[: round(config.budget * len(order))])
     for unit in units.values():
         unit.moe_depth_router[DEPTH].action.fill_(0 if unit.layer in config.skip_layers else 1)
-
-
-@torch.no_grad()
-def evaluate_layers(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], recipe: DepthRecipe
-) -> dict[str, Any]:
-    """Loss of the right answers and layers applied, the route decided from the prompt.
-
-    Args:
-        model: a model with layer routers.
-        tokenizer: its tokenizer.
-        examples: held-out examples.
-        recipe: for the data section and the batch size.
-
-    Returns:
-        Task -> `nats_per_token`, `exact` (share of examples whose every answer token is the most likely one, which is
-        what greedy decoding would answer), `layers` (mean applications of all layers), `count`; and `mean` over tasks.
-    """
-    rows = EncodedExamples(examples, tokenizer, recipe.data)
-    tasks = {example.example_id: example.task for example in examples}
-    collate = Collator(pad_token_id=tokenizer.pad_token_id, answer_logits_only=False)
-    found: dict[str, list[tuple[float, int, float, bool]]] = {}
-    model.eval()
-    for start in range(0, len(rows), recipe.eval_batch_size):
-        batch = collate([rows[index] for index in range(start, min(start + recipe.eval_batch_size, len(rows)))])
-        inputs = _inputs(batch)
-        logits_BSV = model(**inputs, use_cache=False).logits[:, :-1]
-        labels_BS = inputs["labels"][:, 1:]
-        loss_BS = functional.cross_entropy(
-            logits_BSV.float().transpose(1, 2), labels_BS, ignore_index=-100, reduction="none"
-        )
-        layers_B = layer_applications(model).float().sum(1)
-        counts_B = (labels_BS != -100).sum(1)
-        exact_B = ((logits_BSV.argmax(-1) == labels_BS) | (labels_BS == -100)).all(1)
-        for name, *values in zip(
-            batch["example_ids"], loss_BS.sum(1).tolist(), counts_B.tolist(), layers_B.tolist(), exact_B.tolist()
-        ):
-            found.setdefault(tasks[name], []).append(tuple(values))
-    out: dict[str, Any] = {}
-    for task, values in found.items():
-        out[task] = {
-            "nats_per_token": sum(v[0] for v in values) / max(1, sum(v[1] for v in values)),
-            "exact": sum(v[3] for v in values) / len(values),
-            "layers": sum(v[2] for v in values) / len(values),
-            "count": len(values),
-        }
-    keys = ("nats_per_token", "exact", "layers")
-    out["mean"] = {key: sum(out[task][key] for task in found) / len(found) for key in keys}
-    return out

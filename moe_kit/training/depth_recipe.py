@@ -86,6 +86,9 @@ class DepthRecipe:
     eval_batch_size: int = 16
     """Rows of an evaluation batch."""
 
+    save_steps: int = 50
+    """Steps between two states that `--resume` can go on from, 1 or more; the end of a phase and Ctrl-C keep one too."""
+
     seed: int = 0
     """Seed of the router's weights and of the order of examples."""
 
@@ -105,6 +108,8 @@ class DepthRecipe:
             if phase.kind == "lora" and self.lora is None:
                 raise ConfigError(f"phases.{index} trains LoRA but the recipe has no `lora` section: give its fields.")
             settings_of(FitConfig, phase.settings, f"phases.{index}.settings")
+        if self.save_steps < 1:
+            raise ConfigError(f"save_steps is {self.save_steps}, expected 1 or more.")
         if self.search.scorer not in ("likelihood", "exact"):
             raise ConfigError(f"search.scorer is {self.search.scorer!r}, expected 'likelihood' or 'exact'.")
         settings_of(SearchConfig, self.search.settings, "search.settings")
