@@ -228,7 +228,7 @@ class TestInterruption:
         """Press the keys while the forward pass of a step runs."""
         from transformers import TrainerCallback
 
-        from moe_kit.training import run
+        from moe_kit.training import fitting
 
         class Press(TrainerCallback):
             def on_step_begin(self, args, state, control, **kwargs):
@@ -237,7 +237,7 @@ class TestInterruption:
                         signal.raise_signal(signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(run, "stepping", lambda reporter, tokens: Press())
+            patch.setattr(fitting, "stepping", lambda reporter, tokens: Press())
             return main(self.words(folder))
 
     def test_the_step_is_finished_saved_and_resumed(self, tmp_path, monkeypatch, capsys):

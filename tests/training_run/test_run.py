@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from moe_kit.errors import CheckpointError, ConfigError
+from moe_kit.training import fitting
 from moe_kit.training import run as run_module
 from moe_kit.training.guard import TrainingError, last_checkpoint
 from moe_kit.training.models import load_model_and_tokenizer
@@ -90,7 +91,7 @@ def test_resuming_ends_bit_identical(tmp_path, console, monkeypatch, preset):
     run(tiny(tmp_path / "whole", preset), console=console)
     recipe = tiny(tmp_path / "broken", preset)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "stepping", lambda reporter, tokens: Interrupt())
+        patch.setattr(fitting, "stepping", lambda reporter, tokens: Interrupt())
         with pytest.raises(KeyboardInterrupt):
             run(recipe, console=console)
     assert last_checkpoint(tmp_path / "broken" / "checkpoints").name == "checkpoint-2"
@@ -132,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_with_ids_and_checkpoint(tmp_path, conso
                 with torch.no_grad():
                     next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
 
-    monkeypatch.setattr(run_module, "stepping", lambda reporter, tokens: Poison())
+    monkeypatch.setattr(fitting, "stepping", lambda reporter, tokens: Poison())
     with pytest.raises(TrainingError) as error:
         run(tiny(tmp_path / "out"), console=console)
     message = str(error.value)
