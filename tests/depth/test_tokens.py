@@ -8,8 +8,12 @@ from peft import get_peft_model
 
 from moe_kit import RoutedAdapterConfig, RoutingError, record_routing, replay_routing, routing_losses
 from moe_kit.depth import LayerRoutingConfig, force_layers, layer_applications, set_budget
+from moe_kit.depth.execute import Call
 from moe_kit.depth.losses import LOSSES, Trace
 from moe_kit.depth.routers import ActionRouter
+from moe_kit.depth.sparse import run_tokens
+from moe_kit.depth.tokens import TokenDecision
+from moe_kit.routing.state import ModelRouting
 from tests.depth.families import FAMILIES, LAYERS, padded_batch, tiny
 from tests.depth.test_routers import routed, scramble
 
@@ -235,3 +239,30 @@ def test_routed_adapters_inside_see_the_tokens_that_run():
     batch = padded_batch((9, 6))
     expected = model.generate(**batch, **GREEDY, use_cache=False)
     assert torch.equal(model.generate(**batch, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("actions", [[1, 3, 3, 1, 0, 3], [3] * 6, [1] * 6, [0, 1, 0, 1, 1, 0], [0] * 6])
+def test_results_forecasts_and_zeros_are_placed_and_weighted(actions, gated):
+    """g F(x) where a token executes, (1 - g) G(x) where it is approximated, 0 elsewhere; with every gradient."""
+    torch.manual_seed(0)
+    action_T = torch.tensor(actions)
+    unit, forecaster = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    inputs = [torch.randn(2, 3, 4, requires_grad=True), torch.rand(6, requires_grad=True)]
+    learned = [*inputs, *unit.parameters(), *forecaster.parameters()]
+    running = (action_T == 1).view(2, 3).sum(1).tolist()
+    decision = TokenDecision(
+        action_T, inputs[1] if gated else None, False, sum(running), int((action_T == 3).sum()), max(running), batch=2
+    )
+    call = Call(unit, torch.nn.Linear.forward, {}, "mlp", 0, ModelRouting())
+    actual = run_tokens(call, inputs[0], decision, forecaster)
+    gate, rest = (inputs[1].view(2, 3, 1), 1 - inputs[1].view(2, 3, 1)) if gated else (1.0, 1.0)
+    action = action_T.view(2, 3, 1)
+    expected = gate * unit(inputs[0]) * (action == 1) + rest * forecaster(inputs[0]) * (action == 3)
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn_like(expected)
+    if actual.requires_grad:
+        pairs = zip(*(torch.autograd.grad(y, learned, upstream, allow_unused=True) for y in (actual, expected)))
+        for name, (ours, theirs) in enumerate(pairs):
+            zeros = torch.zeros_like(learned[name])
+            torch.testing.assert_close(zeros if ours is None else ours, zeros if theirs is None else theirs)
