@@ -7,100 +7,21 @@ Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
-from moe_kit_kernels.common.checks import check_shape, fail
+from moe_kit_kernels.common.checks import fail
 from moe_kit_kernels.cost_model import LoraShape, choose_lora, device_of
-from moe_kit_kernels.grouped_mm.backend import interpreting, resolve_backend
 from moe_kit_kernels.lora_experts import cpu_columns, cpu_linears, cpu_pairs, cpu_single, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
 from moe_kit_kernels.lora_experts.cpu_decode import decode, decode_linears
 from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
+from moe_kit_kernels.lora_experts.decision import Decision, all_experts_plan, check_decision, resolve_plan
+from moe_kit_kernels.lora_experts.gpu import check_triton, linear_fuses, run_triton, runs_on_kernels, uses_triton
 from moe_kit_kernels.lora_experts.reference import lora_experts_reference
-from moe_kit_kernels.route_plan import RoutePlan, route_plan
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The routing as the caller gave it: ids, or a plan, or neither (every expert)."""
-
-    ids_TK: Tensor | None
-    """[T, K] ids or None."""
-    weights: Tensor
-    """[T, K] or [P]; [T, E] with neither ids nor plan."""
-    plan: RoutePlan | None
-    """A plan made before, or None."""
-
-
-def resolve_plan(operator: str, T: int, E: int, decision: Decision) -> RoutePlan | None:
-    """Find the plan of a call and check it against the sizes of x, of the experts and of the weights.
-
-    Args:
-        operator: public name, for messages.
-        T: rows of x.
-        E: experts of the bank.
-        decision: the routing.
-
-    Returns:
-        The plan, or None when every expert is chosen.
-
-    Raises:
-        KernelError: sizes disagree, or ids are below -1.
-    """
-    check_decision(operator, T, E, decision)
-    if decision.plan is not None:
-        return decision.plan
-    return None if decision.ids_TK is None else route_plan(decision.ids_TK, E)
-
-
-def check_decision(operator: str, T: int, E: int, decision: Decision) -> None:
-    """Check the sizes of a routing.
-
-    Args:
-        operator: public name, for messages.
-        T: rows of x.
-        E: experts of the bank.
-        decision: the routing.
-
-    Raises:
-        KernelError: sizes disagree, or the weights are not floating point.
-    """
-    ids, weights, plan = decision.ids_TK, decision.weights, decision.plan
-    if not weights.is_floating_point():
-        raise fail(operator, "dtype of the weights", weights.dtype, "float32", "Convert them: weights.float()")
-    if plan is not None:
-        if plan.num_tokens != T or plan.num_experts != E:
-            got = f"for {plan.num_tokens} tokens and {plan.num_experts} experts"
-            raise fail(operator, "the plan", got, f"{T} tokens and {E} experts", "Build the plan from this routing")
-        if weights.numel() != plan.num_pairs:
-            got = list(weights.shape)
-            raise fail(operator, "shape of the weights", got, f"{plan.num_pairs} pairs", "Pass [T, K] or [P]")
-    elif ids is None:
-        check_shape(operator, "weights", weights, (T, E), "[T, E] when there are neither ids nor a plan")
-    else:
-        if ids.dim() != 2 or ids.shape[0] != T:
-            raise fail(operator, "shape of expert_ids_TK", list(ids.shape), f"[{T}, K]", "One row of ids a row of x")
-        check_shape(operator, "weights_TK", weights, tuple(ids.shape), "that of expert_ids_TK")
-
-
-def all_experts_plan(T: int, E: int, device: torch.device) -> RoutePlan:
-    """Plan the routing in which every token has every expert, slot k = expert k.
-
-    Args:
-        T: tokens.
-        E: experts.
-        device: where the index tensors live.
-
-    Returns:
-        The plan with K = E.
-    """
-    return route_plan(torch.arange(E, device=device).expand(T, E), E)
 
 
 def run_experts(
@@ -140,7 +61,7 @@ def run_experts(
         t is not None and t.requires_grad for t in (x_TD, A_ELD, B_EOL, weights, base_TO)
     )
     if backend == "triton":
-        resolve_backend(operator, "triton", x_TD.device)
+        check_triton(operator, decision.plan, x_TD)
         backend = "auto"
     everyone = decision.ids_TK is None and decision.plan is None
     if torch.compiler.is_compiling() and backend != "reference":
@@ -161,10 +82,10 @@ def run_experts(
             )
 
     if backend != "reference" and uses_triton(x_TD.device):
-        plan = resolve_plan(operator, T, E, decision) or all_experts_plan(T, E, x_TD.device)
-        if plan.slots is not None:
+        if runs_on_kernels(decision.plan, x_TD):
+            plan = resolve_plan(operator, T, E, decision) or all_experts_plan(T, E, x_TD.device)
             return run_triton(backend, plan, scale, x_TD, weights, base_TO, A_ELD, B_EOL)
-        # free pairs have no kernel of their own yet: plain GEMMs, which run on every device
+        # plain GEMMs, which run on every device and in every dtype
         backend = "dense"
     if backend == "decode" and decision.plan is None and decision.ids_TK is not None:
         check_decision(operator, T, E, decision)
@@ -249,7 +170,7 @@ def run_linears(
     """
     (T, D), E = x_TD.shape, A[0].shape[0]
     if backend == "triton":
-        resolve_backend(operator, "triton", x_TD.device)
+        check_triton(operator, decision.plan, x_TD)
         backend = "auto"
     everyone = decision.ids_TK is None and decision.plan is None
     compiling = torch.compiler.is_compiling()
@@ -293,7 +214,7 @@ def run_linears(
         return tuple(results)
 
     plan = resolve_plan(operator, T, E, decision)
-    if uses_triton(x_TD.device) and linear_fuses(plan, A, dtype):
+    if uses_triton(x_TD.device) and runs_on_kernels(plan, x_TD) and linear_fuses(plan, A, dtype):
         from moe_kit_kernels.lora_experts.triton_autograd import TritonLora
 
         parts = zip(weights_OD, biases_O, A, B, strict=True)
@@ -351,74 +272,6 @@ def run_gated_linears(
     if not training:
         return cpu_linears.gated_forward(how, k, scale, x_TD, router_ED, tensors)
     return cpu_linears.GatedLinears.apply(how, k, scale, x_TD, router_ED, *tensors)
-
-
-# the environment and the installed packages are looked at once
-@lru_cache(maxsize=16)
-def uses_triton(device: torch.device) -> bool:
-    """Tell whether the Triton kernels serve a device.
-
-    Args:
-        device: where the inputs live.
-
-    Returns:
-        True on a GPU with Triton installed, and everywhere under Triton's interpreter (`TRITON_INTERPRET=1`).
-    """
-    return (device.type == "cuda" or interpreting()) and find_spec("triton") is not None
-
-
-def run_triton(
-    how: str,
-    plan: RoutePlan,
-    scale: float,
-    x_TD: Tensor,
-    weights: Tensor,
-    base_TO: Tensor | None,
-    A_ELD: Tensor,
-    B_EOL: Tensor,
-) -> Tensor:
-    """Run one bank on the Triton kernels.
-
-    Args:
-        how: "dense", "sorted" or "decode".
-        plan: the routing, from a [T, K] table.
-        scale: factor on the sum.
-        x_TD: [T, D] inputs.
-        weights: [T, K].
-        base_TO: [T, O] or None.
-        A_ELD: [E, L, D].
-        B_EOL: [E, O, L].
-
-    Returns:
-        [T, O].
-    """
-    # Triton is imported by the first call that needs it
-    from moe_kit_kernels.lora_experts import launch
-    from moe_kit_kernels.lora_experts.triton_autograd import TritonLora
-
-    weights = weights.view(plan.num_tokens, plan.slots)
-    if how == "decode":
-        return launch.decode(x_TD, A_ELD, B_EOL, plan, weights.float(), scale, base_TO)
-    return TritonLora.apply(how, plan, scale, False, x_TD, weights, base_TO, None, A_ELD, B_EOL)
-
-
-def linear_fuses(plan: RoutePlan | None, A: Sequence[Tensor], autocast: torch.dtype | None) -> bool:
-    """Tell whether the kernel with the base product inside should run.
-
-    It saves a read and a write of y and costs E*L of extra contraction over what cuBLAS would do alone; worth it while
-    E*L stays small beside D.
-
-    Args:
-        plan: the routing.
-        A: down projections.
-        autocast: the autocast dtype, or None.
-
-    Returns:
-        True for a table of ids, one small bank a projection, outside of autocast.
-    """
-    if plan is None or plan.slots is None or autocast is not None:
-        return False
-    return all(8 * a.shape[0] * a.shape[1] <= a.shape[2] for a in A)
 
 
 def chosen_form(x_TD: Tensor, pairs: int, experts: int, rank: int, width: int, *, training: bool) -> str:

@@ -17,28 +17,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kit_kernels.lora_experts import plain_halves
-from moe_kit_kernels.lora_experts.dispatch import uses_triton
+from moe_kit_kernels.lora_experts.gpu import runs_on_kernels, uses_triton
 from moe_kit_kernels.lora_experts.plain_halves import kept_pairs
 from moe_kit_kernels.route_plan import RoutePlan
 
 
-def _order(plan: RoutePlan, x: Tensor, rank: int, d_in: int, d_out: int) -> str | None:
+def _order(backend: str, plan: RoutePlan, x: Tensor, rank: int, d_in: int, d_out: int) -> str | None:
     """Return the order of the kernels, or None where plain PyTorch runs."""
-    if plan.slots is None or x.dtype is torch.float64 or not uses_triton(x.device):
+    if not (uses_triton(x.device) and runs_on_kernels(plan, x)):
         return None
+    if backend == "dense":
+        return "dense"
     # Triton is imported by the first call that needs it
     from moe_kit_kernels.lora_experts import triton_halves
 
     return triton_halves.choose(plan, rank, d_in, d_out, x.element_size(), x.device)
 
 
-class DenseDown(torch.autograd.Function):
-    """`apply(plan, x_TD, *A)` -> tuple of [P, L]."""
+class LoraDown(torch.autograd.Function):
+    """`apply(backend, plan, x_TD, *A)` -> tuple of [P, L]."""
 
     @staticmethod
-    def forward(ctx: Any, plan: RoutePlan, x_TD: Tensor, *A: Tensor) -> Any:
+    def forward(ctx: Any, backend: str, plan: RoutePlan, x_TD: Tensor, *A: Tensor) -> Any:
         """Project by every stack, x read once where that pays."""
-        ctx.plan, ctx.how = plan, _order(plan, x_TD, max(a.shape[1] for a in A), x_TD.shape[1], x_TD.shape[1])
+        D = x_TD.shape[1]
+        ctx.plan, ctx.how = plan, _order(backend, plan, x_TD, max(a.shape[1] for a in A), D, D)
         ctx.save_for_backward(x_TD, *A)
         if ctx.how is None:
             return tuple(plain_halves.down(x_TD, A, plan))
@@ -51,26 +54,33 @@ class DenseDown(torch.autograd.Function):
     def backward(ctx: Any, *dHs: Tensor) -> Any:
         """Return the gradients of x and of every A."""
         x_TD, *A = ctx.saved_tensors
-        need_x, need_A = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        need_x, need_A = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
         if ctx.how is None:
             dx, dA = plain_halves.down_backward(dHs, x_TD, A, ctx.plan, need_x, need_A)
         else:
             from moe_kit_kernels.lora_experts import triton_halves
 
             dx, dA = triton_halves.down_backward(ctx.how, dHs, x_TD, A, ctx.plan, need_x, need_A)
-        return None, dx, *dA
+        return None, None, dx, *dA
 
 
-class DenseUp(torch.autograd.Function):
-    """`apply(plan, scale, H_PL, B_EOL, weights, base_TO)` -> [T, O]."""
+class LoraUp(torch.autograd.Function):
+    """`apply(backend, plan, scale, H_PL, B_EOL, weights, base_TO)` -> [T, O]."""
 
     @staticmethod
     def forward(
-        ctx: Any, plan: RoutePlan, scale: float, H_PL: Tensor, B_EOL: Tensor, weights: Tensor, base_TO: Tensor | None
+        ctx: Any,
+        backend: str,
+        plan: RoutePlan,
+        scale: float,
+        H_PL: Tensor,
+        B_EOL: Tensor,
+        weights: Tensor,
+        base_TO: Tensor | None,
     ) -> Tensor:
         """Weigh in rank space, project, add the base."""
         _, O, L = B_EOL.shape
-        ctx.plan, ctx.scale, ctx.how = plan, scale, _order(plan, H_PL, L, O, O)
+        ctx.plan, ctx.scale, ctx.how = plan, scale, _order(backend, plan, H_PL, L, O, O)
         ctx.save_for_backward(H_PL, B_EOL, weights)
         if ctx.how is None:
             return plain_halves.up(H_PL, B_EOL, plan, weights, scale, base_TO)
@@ -87,7 +97,7 @@ class DenseUp(torch.autograd.Function):
         """Return the gradients of H, B, the weights and the base."""
         H_PL, B_EOL, weights = ctx.saved_tensors
         plan, scale = ctx.plan, ctx.scale
-        _, _, need_H, need_B, need_weights, need_base = ctx.needs_input_grad
+        _, _, _, need_H, need_B, need_weights, need_base = ctx.needs_input_grad
         needs = (need_H, need_B, need_weights)
         if ctx.how is None:
             dH, dB, dweights = plain_halves.up_backward(dy_TO, H_PL, B_EOL, weights, plan, scale, *needs)
@@ -100,7 +110,7 @@ class DenseUp(torch.autograd.Function):
             dH = None if dH is None else dH.to(H_PL.dtype)
             dB = None if dB is None else dB.to(B_EOL.dtype)
             dweights = None if dw_TK is None else dw_TK.view_as(weights).to(weights.dtype)
-        return None, None, dH, dB, dweights, dy_TO if need_base else None
+        return None, None, None, dH, dB, dweights, dy_TO if need_base else None
 
 
 def _alike(H_PL: Tensor, B_EOL: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,14 @@ from torch import Tensor
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape, fail
 from moe_kit_kernels.lora_experts import halves
-from moe_kit_kernels.lora_experts.dispatch import Decision, check_decision, run_experts
+from moe_kit_kernels.lora_experts.decision import Decision, check_decision
+from moe_kit_kernels.lora_experts.dispatch import run_experts
+from moe_kit_kernels.lora_experts.gpu import check_triton
 from moe_kit_kernels.lora_experts.reference import lora_down_reference, lora_up_reference
 from moe_kit_kernels.route_plan import RoutePlan
 
 BACKENDS = ("auto", "dense", "sorted", "decode", "triton", "reference")
-HALF_BACKENDS = ("auto", "dense", "reference")
+HALF_BACKENDS = ("auto", "dense", "triton", "reference")
 
 
 def check_experts(operator: str, x_TD: Tensor, A_ELD: Tensor, B_EOL: Tensor) -> None:
@@ -123,6 +125,15 @@ def lora_experts(
     )
 
 
+def _check_triton(operator: str, backend: str, plan: RoutePlan, x: Tensor) -> None:
+    """A half in a trace is plain operations, which the compiler fuses with what the caller does in between."""
+    if backend == "triton":
+        check_triton(operator, plan, x)
+        if torch.compiler.is_compiling():
+            got = "'triton' inside torch.compile"
+            raise fail(operator, "backend", got, "an eager call", 'Pass backend="auto", or compile lora_experts')
+
+
 def lora_down(
     x_TD: Tensor, A: Tensor | Sequence[Tensor], plan: RoutePlan, *, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, ...]:
@@ -132,13 +143,15 @@ def lora_down(
         x_TD: [T, D] inputs.
         A: [E, L, D], or a sequence of such stacks (q, k, v) whose ranks may differ.
         plan: the routing.
-        backend: "auto", "dense" or "reference".
+        backend: "dense" is one GEMM over all experts; "triton" insists on the GPU kernels; "reference" is the plain
+            definition; "auto" takes Triton on a GPU and never fails.
 
     Returns:
         [P, L] in the plan's given order, 0 for dropped pairs, in the wider dtype of x and A; a tuple for a sequence.
 
     Raises:
-        KernelError: shapes, dtypes or devices that do not fit, or an unknown backend.
+        KernelError: shapes, dtypes or devices that do not fit, an unknown backend, or Triton where it
+            cannot run (no GPU, free pairs, float64, inside torch.compile).
     """
     name = "lora_down"
     stacks = [A] if isinstance(A, Tensor) else list(A)
@@ -150,6 +163,7 @@ def lora_down(
         check_device(name, x_TD.device, A_ELD=a)
     if x_TD.shape[0] != plan.num_tokens:
         raise fail(name, "rows of x", x_TD.shape[0], f"{plan.num_tokens}", "Build the plan from this routing")
+    _check_triton(name, backend, plan, x_TD)
     if backend == "reference":
         H = tuple(lora_down_reference(x_TD, a, plan) for a in stacks)
     else:
@@ -160,7 +174,7 @@ def lora_down(
             H = tuple(halves.down_traced(x_TD, a, plan) for a in stacks)
         else:
             with no_autocast(x_TD.device):
-                H = halves.DenseDown.apply(plan, x_TD, *stacks)
+                H = halves.LoraDown.apply(backend, plan, x_TD, *stacks)
     return H[0] if isinstance(A, Tensor) else H
 
 
@@ -183,13 +197,15 @@ def lora_up(
         weights: [T, K] or [P] float32 weights; they get a gradient.
         scale: factor on the sum.
         base_TO: [T, O] result of the frozen layer; None adds nothing.
-        backend: "auto", "dense" or "reference".
+        backend: "dense" is one GEMM over all experts; "triton" insists on the GPU kernels; "reference" is the plain
+            definition; "auto" takes Triton on a GPU and never fails.
 
     Returns:
         [T, O] in the dtype of the base, else of H.
 
     Raises:
-        KernelError: shapes, dtypes or devices that do not fit, or an unknown backend.
+        KernelError: shapes, dtypes or devices that do not fit, an unknown backend, or Triton where it
+            cannot run (no GPU, free pairs, float64, inside torch.compile).
     """
     name = "lora_up"
     check_float(name, "H_PL", H_PL, 2)
@@ -201,6 +217,7 @@ def lora_up(
     check_decision(name, plan.num_tokens, plan.num_experts, Decision(None, weights, plan))
     if base_TO is not None:
         check_shape(name, "base_TO", base_TO, (plan.num_tokens, B_EOL.shape[1]), "[T, O]")
+    _check_triton(name, backend, plan, H_PL)
     if backend == "reference":
         return lora_up_reference(H_PL, B_EOL, plan, weights, scale=scale, base_TO=base_TO)
     dtype = autocast_dtype(H_PL.device)
@@ -209,4 +226,4 @@ def lora_up(
     if torch.compiler.is_compiling():
         return halves.up_traced(H_PL, B_EOL, plan, weights, float(scale), base_TO)
     with no_autocast(H_PL.device):
-        return halves.DenseUp.apply(plan, float(scale), H_PL, B_EOL, weights, base_TO)
+        return halves.LoraUp.apply(backend, plan, float(scale), H_PL, B_EOL, weights, base_TO)

@@ -2,7 +2,8 @@
 
 Eager calls go straight to the autograd functions: an operator call costs some 190 us a forward and backward at one
 token. While tracing, the operator is one opaque node with known shapes: its result [T, O] and H [P, L], which the
-traced backward keeps. Inside runs the same code as eager, chosen by the same cost model from the real sizes.
+traced backward keeps. Inside runs the same code as eager, on the Triton kernels where they serve, in the order that the
+same cost model chooses from the real sizes.
 
 Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank.
 """
@@ -17,6 +18,7 @@ from moe_kit_kernels.common.autocast import no_autocast
 from moe_kit_kernels.cost_model import CPU, LoraShape, choose_lora
 from moe_kit_kernels.lora_experts.autograd import Group, dense_backward, dense_forward
 from moe_kit_kernels.lora_experts.cpu_sorted import sorted_backward, sorted_forward
+from moe_kit_kernels.lora_experts.gpu import runs_on_kernels, uses_triton
 from moe_kit_kernels.route_plan import RoutePlan, route_plan, route_plan_pairs
 
 
@@ -35,6 +37,22 @@ def _implementation(backend: str, ids: Tensor | None, x_TD: Tensor, B_EOL: Tenso
     T, D = x_TD.shape
     shape = LoraShape(tokens=T, pairs=pairs, experts=E, rank=L, d_in=D, d_out=O, itemsize=x_TD.element_size())
     return choose_lora(shape, CPU, training=True)
+
+
+def _order(
+    backend: str, ids: Tensor | None, token_P: Tensor | None, plan: RoutePlan | None, x_TD: Tensor, B_EOL: Tensor
+) -> str | None:
+    """Return the order of the Triton kernels, or None where plain PyTorch runs."""
+    if ids is None or token_P is not None or not (uses_triton(x_TD.device) and runs_on_kernels(plan, x_TD)):
+        return None
+    if backend in ("dense", "sorted"):
+        return backend
+    # Triton is imported by the first call that needs it
+    from moe_kit_kernels.lora_experts import triton_halves
+
+    _, O, L = B_EOL.shape
+    assert plan is not None
+    return triton_halves.choose(plan, L, x_TD.shape[1], O, x_TD.element_size(), x_TD.device)
 
 
 @torch.library.custom_op("moe_kit::lora_experts", mutates_args=())
@@ -67,7 +85,15 @@ def lora_experts_op(
     """
     T, (E, _, L) = x_TD.shape[0], B_EOL.shape
     plan = _plan(ids, token_P, T, E)
+    how = _order(backend, ids, token_P, plan, x_TD, B_EOL)
     with no_autocast(x_TD.device):
+        if how is not None:
+            from moe_kit_kernels.lora_experts import triton_halves
+
+            (H_PL,) = triton_halves.down(how, x_TD, [A_ELD], plan)
+            dtype = (x_TD if base_TO is None else base_TO).dtype
+            more = {"weights": weights.float(), "scale": scale, "base_TO": base_TO}
+            return triton_halves.up(how, H_PL, B_EOL, plan, dtype, **more), H_PL
         if _implementation(backend, ids, x_TD, B_EOL, weights.numel()) == "sorted":
             assert plan is not None
             return sorted_forward(plan, scale, False, x_TD, weights, base_TO, A_ELD, B_EOL)
@@ -129,7 +155,17 @@ def lora_experts_backward_op(
     T, (E, _, L) = x_TD.shape[0], B_EOL.shape
     plan = _plan(ids, token_P, T, E)
     need_x, need_A, need_B, need_weights = needs
-    if _implementation(backend, ids, x_TD, B_EOL, weights.numel()) == "sorted":
+    how = _order(backend, ids, token_P, plan, x_TD, B_EOL)
+    if how is not None:
+        from moe_kit_kernels.lora_experts import triton_halves
+
+        wanted3 = (need_x or need_A, need_B, need_weights)
+        dH, dB, dweights = triton_halves.up_backward(how, dy_TO, H_PL, B_EOL, weights.float(), plan, scale, *wanted3)
+        dx = dA = None
+        if dH is not None:
+            dx, (dA,) = triton_halves.down_backward(how, [dH], x_TD, [A_ELD], plan, need_x, [need_A])
+        dweights = None if dweights is None else dweights.to(weights.dtype)
+    elif _implementation(backend, ids, x_TD, B_EOL, weights.numel()) == "sorted":
         assert plan is not None
         wanted = (need_x, need_weights, need_A, need_B)
         dx, dweights, dA, dB = sorted_backward(plan, scale, x_TD, weights, A_ELD, B_EOL, H_PL, dy_TO, wanted)

@@ -53,8 +53,8 @@ def choose(plan: RoutePlan, rank: int, d_in: int, d_out: int, itemsize: int, dev
 
 def _sorted_down(x_TD: Tensor, A_ELD: Tensor, plan: RoutePlan) -> Tensor:
     """[P, L] in the given order, by segments of the sorted order."""
-    dtype = torch.promote_types(x_TD.dtype, A_ELD.dtype)
-    tiles = plan_tiles(plan, by_token=by_token(*A_ELD.shape, dtype.itemsize))
+    (E, L, D), dtype = A_ELD.shape, torch.promote_types(x_TD.dtype, A_ELD.dtype)
+    tiles = plan_tiles(plan, by_token=by_token(E, L, D, dtype.itemsize))
     # rows of dropped pairs are written as zeros
     return product(x_TD.to(dtype), A_ELD.to(dtype), plan, tiles, gather=True, scatter=True)[0]
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from moe_kit_kernels import lora_down, lora_up
+from moe_kit_kernels import KernelError, lora_down, lora_experts, lora_up
 from moe_kit_kernels.lora_experts import dispatch, launch, triton_halves
 from moe_kit_kernels.route_plan import route_plan, route_plan_pairs
 
@@ -38,7 +38,7 @@ def on_the_kernels(monkeypatch):
 def compare(function, tensors, dtype=torch.float32):
     expected, actual = (
         run(lambda **t: function("reference", **t), tensors),
-        run(lambda **t: function("auto", **t), tensors),
+        run(lambda **t: function("triton", **t), tensors),
     )
     for name, value in expected.items():
         assert_close(name, actual[name], value, dtype)
@@ -136,6 +136,61 @@ def test_halves_equal_the_whole(order):
     y = lora_up(H, t["B"], plan, t["weights"], base_TO=t["base"], scale=0.7)
     whole = dispatch.run_triton(order, plan, 0.7, t["x"], t["weights"], t["base"], t["A"], t["B"])
     assert torch.equal(y, whole)
+
+
+def test_what_the_kernels_cannot_do_is_said(on_the_kernels):
+    pairs = route_plan_pairs(torch.tensor([0, 0, 2]), torch.tensor([1, 0, 1]), 3, 2)
+    table = route_plan(torch.zeros(3, 1, dtype=torch.long), 2)
+    x, A, B = torch.randn(3, 8), torch.randn(2, 4, 8), torch.randn(2, 8, 4)
+    H, w = torch.randn(3, 4), torch.rand(3)
+
+    def calls(plan, dtype):
+        x_, A_, B_, H_ = (t.to(dtype) for t in (x, A, B, H))
+        yield lambda how: lora_down(x_, A_, plan, backend=how)
+        yield lambda how: lora_up(H_, B_, plan, w, backend=how)
+        yield lambda how: lora_experts(x_, A_, B_, None, w, plan=plan, backend=how)
+
+    for plan, dtype, message in ((pairs, torch.float32, "free pairs"), (table, torch.float64, "float64")):
+        for call in calls(plan, dtype):
+            with pytest.raises(KernelError, match=f'{message}.*Pass backend="auto", which runs plain PyTorch'):
+                call("triton")
+            assert_close("auto", call("auto"), call("reference"), dtype)
+    assert not on_the_kernels
+    on_the_kernels.append(None)
+
+
+def test_dense_is_the_dense_order(monkeypatch):
+    orders = []
+    for name in ("down", "up"):
+        right = getattr(triton_halves, name)
+        monkeypatch.setattr(
+            triton_halves, name, lambda how, *a, right=right, **k: orders.append(how) or right(how, *a, **k)
+        )
+    monkeypatch.setattr(triton_halves, "choose", lambda *_: "sorted")
+    ids, t = make("balanced")
+    plan = route_plan(ids, 4)
+    lora_up(lora_down(t["x"], t["A"], plan, backend="dense"), t["B"], plan, t["weights"], backend="dense")
+    assert orders == ["dense", "dense"]
+
+
+def test_the_operator_of_a_trace_runs_on_the_kernels(order, on_the_kernels, poison_empty):
+    ids, t = make("empty slots")
+    tensors = {name: t[name] for name in ("x", "A", "B", "weights", "base")}
+
+    def eager(x, A, B, weights, base):
+        return lora_experts(x, A, B, ids, weights, base_TO=base, scale=0.7, backend="reference")
+
+    def traced(x, A, B, weights, base):
+        return lora_experts(x, A, B, ids, weights, base_TO=base, scale=0.7)
+
+    expected, actual = run(eager, tensors), run(torch.compile(traced, fullgraph=True, backend="aot_eager"), tensors)
+    for name, value in expected.items():
+        assert_close(name, actual[name], value)
+    # down and up forward, up (of dx) backward
+    assert len(on_the_kernels) >= 3
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors.values()]
+    x, A, B, weights, base = leaves
+    torch.library.opcheck(torch.ops.moe_kit.lora_experts, (x, A, B, ids, None, weights, base, 0.7, "auto"))
 
 
 def test_free_pairs_run_in_plain_pytorch(on_the_kernels, monkeypatch):

@@ -196,6 +196,13 @@ def test_bad_input():
         lora_experts(x, A, B, ids, weights, backend="fast")
     with pytest.raises(KernelError, match=r'CUDA device.*"auto", which runs "cpu" here'):
         lora_experts(x, A, B, ids, weights, backend="triton")
+    plan = route_plan(ids, A.shape[0])
+    H = torch.zeros(ids.numel(), A.shape[1])
+    for half in (lambda how: lora_down(x, A, plan, backend=how), lambda how: lora_up(H, B, plan, weights, backend=how)):
+        with pytest.raises(KernelError, match=r'CUDA device.*"auto", which runs "cpu" here'):
+            half("triton")
+        with pytest.raises(KernelError, match="one of auto, dense, triton, reference"):
+            half("sorted")
     with pytest.raises(KernelError, match="gradient"):
         lora_experts(x, A, B, ids, weights, backend="decode")
     with pytest.raises(KernelError, match="A_ELD"):
