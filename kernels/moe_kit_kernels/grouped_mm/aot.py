@@ -2,7 +2,7 @@
 
 from moe_kit_kernels import tuning
 from moe_kit_kernels.aot import Variant
-from moe_kit_kernels.grouped_mm.sizes import gram_tile, split_block
+from moe_kit_kernels.grouped_mm.sizes import gram_tile, product_tile, split_block
 from moe_kit_kernels.grouped_mm.triton import grouped_mm_dact_kernel, grouped_mm_kernel
 from moe_kit_kernels.grouped_mm.triton_sums import combine_kernel, grouped_gram_kernel, split_sum_kernel
 
@@ -35,6 +35,14 @@ def variants(arch: str) -> list[Variant]:
         found.append(_product(f"gated-{rows}", arch, rows, 2048, 768, gated=True))
     found.append(_product("dx-128", arch, 128, 2048, 4096, gated=False, transposed=True))
     found.append(_product("odd-128", arch, 128, 1001, 333, gated=True, wide=False))
+    # down projections of low ranks, scattered: forward, and the backward's B^T with its ranks or its width contiguous
+    for rows in (16, 64, 128):
+        for rank in (8, 16, 64):
+            found.append(_product(f"down-{rank}-{rows}", arch, rows, 4096, rank, gated=False, scatter=True))
+    for rank in (16, 64):
+        more = {"gated": False, "scatter": True, "gather": True}
+        found.append(_product(f"up-back-{rank}", arch, 128, 4096, rank, **more, transposed=True))
+    found.append(_product("down-odd", arch, 128, 1001, 5, gated=False, scatter=True, wide=False))
     for rows in (16, 128):
         found.append(_dact(f"aligned-{rows}", arch, rows, 2048, 768))
     found.append(_dact("odd-128", arch, 128, 1001, 333, wide=False))
@@ -67,9 +75,19 @@ def variants(arch: str) -> list[Variant]:
 
 
 def _product(
-    name: str, arch: str, rows: int, D: int, O: int, *, gated: bool, transposed: bool = False, wide: bool = True
+    name: str,
+    arch: str,
+    rows: int,
+    D: int,
+    O: int,
+    *,
+    gated: bool,
+    transposed: bool = False,
+    wide: bool = True,
+    gather: bool | None = None,
+    scatter: bool = False,
 ) -> Variant:
-    tile = default_config("grouped_mm", rows, arch, gated, wide)
+    tile = product_tile(default_config("grouped_mm", rows, arch, gated, wide), O)
     width = O * 2 if gated else O
     stride_o, stride_d = (1, width) if transposed else (D, 1)
     pointers = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "z_ptr", "bias_ptr", "residual_ptr"), "*bf16")
@@ -90,8 +108,8 @@ def _product(
             "stride_ym": O,
         },
         constants={
-            "GATHER": not transposed,
-            "SCATTER": False,
+            "GATHER": not transposed if gather is None else gather,
+            "SCATTER": scatter,
             "BIAS": not wide,
             "WEIGHTS": False,
             "RESIDUAL": not wide,
