@@ -144,8 +144,10 @@ def _check(
         got, expected = f"{weights_TK.numel()} values", f"{plan.num_pairs}, one a pair"
         raise fail("experts_mlp", "weights_TK", got, expected, "Pass weights in the shape of the ids")
     if up_bias_EF is not None:
+        check_float("experts_mlp", "up_bias_EF", up_bias_EF, 2)
         check_shape("experts_mlp", "up_bias_EF", up_bias_EF, (E, F), "first two sizes of up_EFD")
     if down_bias_ED is not None:
+        check_float("experts_mlp", "down_bias_ED", down_bias_ED, 2)
         check_shape("experts_mlp", "down_bias_ED", down_bias_ED, (E, D), "first two sizes of down_EDH")
     if up_EFD.dtype != down_EDH.dtype:
         raise fail(

@@ -121,6 +121,7 @@ def _check(
     rows, why = (plan.num_tokens, "the plan's tokens") if gather else (plan.num_pairs, "the plan's pairs")
     check_shape("grouped_mm", "x", x, (rows, D), f"{why}, weight's last size")
     if bias_EO is not None:
+        check_float("grouped_mm", "bias_EO", bias_EO, 2)
         check_shape("grouped_mm", "bias_EO", bias_EO, (E, O), "first two sizes of the weight")
     if weights is not None:
         check_float("grouped_mm", "weights", weights, weights.dim())
@@ -132,6 +133,7 @@ def _check(
         got = f"gated with activation {activation!r} and O = {O}"
         raise fail("grouped_mm", "gated", got, "an activation and an even O", "Stack gate and up along O")
     if residual is not None:
+        check_float("grouped_mm", "residual", residual, 2)
         expected = (plan.num_pairs, O // 2 if gated else O)
         check_shape("grouped_mm", "residual", residual, expected, "shape of the result")
     check_device("grouped_mm", x.device, weight_EOD=weight_EOD, bias_EO=bias_EO, weights=weights, residual=residual)

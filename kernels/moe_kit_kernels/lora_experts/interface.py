@@ -118,6 +118,7 @@ def lora_experts(
     T, _E, O = x_TD.shape[0], A_ELD.shape[0], B_EOL.shape[1]
     check_device(name, x_TD.device, weights=weights_TK, base_TO=base_TO, ids=expert_ids_TK)
     if base_TO is not None:
+        check_float(name, "base_TO", base_TO, 2)
         check_shape(name, "base_TO", base_TO, (T, O), "[T, O] with T of x and O of B")
     decision = Decision(expert_ids_TK, weights_TK, plan)
     return run_experts(
@@ -216,6 +217,7 @@ def lora_up(
     check_device(name, H_PL.device, B_EOL=B_EOL, weights=weights, base_TO=base_TO)
     check_decision(name, plan.num_tokens, plan.num_experts, Decision(None, weights, plan))
     if base_TO is not None:
+        check_float(name, "base_TO", base_TO, 2)
         check_shape(name, "base_TO", base_TO, (plan.num_tokens, B_EOL.shape[1]), "[T, O]")
     _check_triton(name, backend, plan, H_PL)
     if backend == "reference":

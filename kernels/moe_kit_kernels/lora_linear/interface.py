@@ -112,6 +112,9 @@ def lora_linear_group(
         check_shape(name, "A_ELD", a, (E, None, None), "the number of experts of the first projection")
         check_float(name, "weight_OD", w, 2)
         check_shape(name, "weight_OD", w, (b.shape[1], x_TD.shape[1]), "[O, D] with O of B and D of x")
+        if bias is not None:
+            check_float(name, "bias_O", bias, 1)
+            check_shape(name, "bias_O", bias, (b.shape[1],), "[O] with O of B")
         check_device(name, x_TD.device, weight_OD=w, bias_O=bias)
     check_device(name, x_TD.device, weights=weights_TK, ids=expert_ids_TK)
     decision = Decision(expert_ids_TK, weights_TK, plan)
