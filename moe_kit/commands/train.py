@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 from moe_kit.commands.options import parse_recipe, quiet_libraries
 from moe_kit.errors import ConfigError
@@ -15,7 +13,6 @@ _FLAGS = {
     "resume": "go on from the last whole checkpoint in the output folder",
     "compare": "also train plain PEFT LoRA with the same budget, in place of the stored row",
 }
-_EVERY = 10
 
 
 def main(arguments: list[str]) -> None:
@@ -48,30 +45,10 @@ def _is_layers(source: str) -> bool:
 
 
 def _train_layers(arguments: list[str]) -> None:
-    """Train a layer router: every tenth step, then the held-out figures as JSON."""
-    source, words = arguments[0], arguments[1:]
-    if {"-h", "--help"} & set(words):
-        from moe_kit.training.recipe import find_config
-
-        path = find_config(source)
-        print(
-            f"moe-kit train {source} [--key value ...]: trains a layer router and saves it with its evaluation.\n\n"
-            "Every field is an option with a dotted name, values in YAML: --phases.0.settings.steps 100. The recipe:\n\n"
-            f"{path.read_text(encoding='utf-8')}"
-        )
-        return
-    for flag in _FLAGS:
-        if f"--{flag}" in words:
-            raise ConfigError(f"--{flag} is for adapters; a layer-router recipe such as {source} runs from its start")
+    """Train a layer router."""
+    if "--compare" in arguments:
+        raise ConfigError(f"--compare is for adapters; {arguments[0]} is a layer-router recipe")
     quiet_libraries()
-    from moe_kit.training.depth import load_depth_recipe, train_layers
+    from moe_kit.training.depth_command import train_command
 
-    recipe = load_depth_recipe(source, words)
-
-    def step(kind: str, index: int, loss: float) -> None:
-        if index % _EVERY == 0:
-            print(f"{kind} {index}: {loss:.4f}", flush=True)
-
-    results = train_layers(recipe, on_step=step)
-    print(json.dumps(results["held_out"], indent=2))
-    print(f"saved to {Path(recipe.output_dir)}")
+    train_command(arguments)
