@@ -68,9 +68,17 @@ def topk_gate(
     if backend not in BACKENDS:
         raise fail(name, "backend", repr(backend), f"one of {', '.join(BACKENDS)}", 'Use "auto"')
     if bias_E is not None:
+        check_float(name, "bias_E", bias_E, 1)
         check_shape(name, "bias_E", bias_E, (E,), "one number an expert")
         check_device(name, logits_TE.device, bias_E=bias_E)
         bias_E = bias_E.detach()
+    if backend == "triton":
+        resolve_backend(name, "triton", logits_TE.device)
+        if num_groups > 1 or logits_TE.dtype == torch.float64 or torch.compiler.is_compiling():
+            got = "with a group limit, float64 logits or torch.compile"
+            raise fail(
+                name, "backend 'triton'", got, "none of them", 'Use backend="auto", which runs plain PyTorch here'
+            )
     # tracing sees plain operations, which the compiler fuses by itself
     if backend == "reference" or torch.compiler.is_compiling():
         return topk_gate_reference(
@@ -83,11 +91,6 @@ def topk_gate(
             renormalize=renormalize,
             scale=scale,
         )
-    if backend == "triton":
-        resolve_backend(name, "triton", logits_TE.device)
-        if num_groups > 1 or logits_TE.dtype == torch.float64:
-            got = "with a group limit or float64 logits"
-            raise fail(name, "backend 'triton'", got, "neither", 'Use backend="auto", which runs "dense" here')
     serves = num_groups == 1 and logits_TE.dtype != torch.float64 and E <= 4096
     if backend == "triton" or (
         backend == "auto" and serves and logits_TE.device.type == "cuda" and find_spec("triton")

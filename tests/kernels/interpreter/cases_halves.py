@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from moe_kit_kernels import KernelError, lora_down, lora_experts, lora_up
+from moe_kit_kernels import KernelError, lora_down, lora_experts, lora_up, topk_gate
 from moe_kit_kernels.lora_experts import dispatch, launch, triton_halves
 from moe_kit_kernels.route_plan import route_plan, route_plan_pairs
 
@@ -155,6 +155,22 @@ def test_what_the_kernels_cannot_do_is_said(on_the_kernels):
             with pytest.raises(KernelError, match=f'{message}.*Pass backend="auto", which runs plain PyTorch'):
                 call("triton")
             assert_close("auto", call("auto"), call("reference"), dtype)
+    assert not on_the_kernels
+    on_the_kernels.append(None)
+
+
+def test_a_trace_of_the_kernels_alone_is_refused(on_the_kernels, monkeypatch):
+    ids, t = make("balanced")
+    plan = route_plan(ids, 4)
+    H = torch.zeros(ids.numel(), 8)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for call in (
+        lambda: lora_down(t["x"], t["A"], plan, backend="triton"),
+        lambda: lora_up(H, t["B"], plan, t["weights"], backend="triton"),
+        lambda: topk_gate(torch.zeros(2, 4), 2, backend="triton"),
+    ):
+        with pytest.raises(KernelError, match="torch.compile"):
+            call()
     assert not on_the_kernels
     on_the_kernels.append(None)
 
