@@ -169,7 +169,7 @@ def test_a_trace_of_the_kernels_alone_is_refused(on_the_kernels, monkeypatch):
         lambda: lora_up(H, t["B"], plan, t["weights"], backend="triton"),
         lambda: topk_gate(torch.zeros(2, 4), 2, backend="triton"),
     ):
-        with pytest.raises(KernelError, match="torch.compile"):
+        with pytest.raises(KernelError, match=r"inside torch\.compile|or torch\.compile"):
             call()
     assert not on_the_kernels
     on_the_kernels.append(None)
