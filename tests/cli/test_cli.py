@@ -192,11 +192,19 @@ class TestLayerRouters:
     def test_train_runs_what_the_recipe_says(self, monkeypatch, capsys):
         from moe_kit.training import depth
 
-        seen = []
-        monkeypatch.setattr(depth, "train_layers", lambda recipe, on_step: seen.append(recipe) or {"held_out": {}})
+        seen, resumed = [], []
+
+        def train(recipe, *, resume, on_step):
+            seen.append(recipe)
+            resumed.append(resume)
+            return {"held_out": {}}
+
+        monkeypatch.setattr(depth, "train_layers", train)
         words = ["--phases.0.settings.steps", "3", "--output-dir=elsewhere"]
         assert main(["train", "depth/first", *words]) == 0
-        assert seen == [depth.load_depth_recipe("depth/first", words)]
+        assert main(["train", "depth/first", "--resume", *words]) == 0
+        assert resumed == [False, True]
+        assert seen == [depth.load_depth_recipe("depth/first", words)] * 2
         assert (seen[0].phases[0].settings["steps"], seen[0].output_dir) == (3, "elsewhere")
 
     def test_a_whole_run(self, tmp_path, capsys):
