@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape, fail
-from moe_kit_kernels.experts_mlp import cpu, reference
-from moe_kit_kernels.experts_mlp.autograd import ExpertsMLP
+from moe_kit_kernels.experts_mlp import reference
+from moe_kit_kernels.experts_mlp.autograd import ExpertsMLP, implementation
 from moe_kit_kernels.experts_mlp.ops import experts_mlp_op
 from moe_kit_kernels.grouped_mm.activations import ACTIVATIONS
 from moe_kit_kernels.grouped_mm.backend import resolve_backend
@@ -102,14 +102,11 @@ def experts_mlp(
             activation,
             name,
         )
-    elif name == "triton":
-        from moe_kit_kernels.experts_mlp.triton_autograd import ExpertsMLPTriton
-
-        y_TD = ExpertsMLPTriton.apply(x_TD, up_EFD, down_EDH, weights_P, up_bias_EF, down_bias_ED, plan, activation)
     elif torch.is_grad_enabled():
-        y_TD = ExpertsMLP.apply(x_TD, up_EFD, down_EDH, weights_P, up_bias_EF, down_bias_ED, plan, activation)
+        y_TD = ExpertsMLP.apply(x_TD, up_EFD, down_EDH, weights_P, up_bias_EF, down_bias_ED, plan, activation, name)
     else:
-        y_TD, _ = cpu.forward(x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED, activation, keep=False)
+        run = implementation(name)
+        y_TD, _ = run.forward(x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED, activation, keep=False)
     return y_TD.to(dtype)
 
 

@@ -1,10 +1,28 @@
-"""Autograd function of the feed-forward experts for the plain PyTorch path; see `cpu.py` for the equations."""
+"""Autograd function of the feed-forward experts; both implementations offer `forward` and `backward` (`cpu.py`, `triton.py`)."""
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.experts_mlp import cpu
 from moe_kit_kernels.route_plan import RoutePlan
+
+
+def implementation(backend: str) -> ModuleType:
+    """Return the module that runs a backend.
+
+    Args:
+        backend: "cpu" or "triton", as `resolve_backend` gave it.
+
+    Returns:
+        `cpu` or `triton`; the latter is imported by the first call that needs it.
+    """
+    if backend == "triton":
+        from moe_kit_kernels.experts_mlp import triton
+
+        return triton
+    return cpu
 
 
 class ExpertsMLP(torch.autograd.Function):
@@ -21,20 +39,21 @@ class ExpertsMLP(torch.autograd.Function):
         down_bias_ED: Tensor | None,
         plan: RoutePlan,
         activation: str,
+        backend: str,
     ) -> Tensor:
         """Return the result `[T, D]`."""
-        y_TD, z_PF = cpu.forward(
+        y_TD, z_PF = implementation(backend).forward(
             x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED, activation, any(ctx.needs_input_grad)
         )
         ctx.save_for_backward(x_TD, up_EFD, down_EDH, weights_P, down_bias_ED, z_PF)
-        ctx.plan, ctx.activation = plan, activation
+        ctx.plan, ctx.activation, ctx.backend = plan, activation, backend
         return y_TD
 
     @staticmethod
     def backward(ctx, dy_TD: Tensor):
         """Return the gradients of x, up, down, weights and the biases."""
         x_TD, up_EFD, down_EDH, weights_P, down_bias_ED, z_PF = ctx.saved_tensors
-        gradients = cpu.backward(
+        gradients = implementation(ctx.backend).backward(
             dy_TD,
             x_TD,
             up_EFD,
@@ -46,4 +65,4 @@ class ExpertsMLP(torch.autograd.Function):
             ctx.activation,
             ctx.needs_input_grad[:6],
         )
-        return *gradients, None, None
+        return *gradients, None, None, None

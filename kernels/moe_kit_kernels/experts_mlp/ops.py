@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moe_kit_kernels.experts_mlp import cpu
+from moe_kit_kernels.experts_mlp.autograd import implementation
 from moe_kit_kernels.route_plan import RoutePlan
 
 
@@ -33,16 +33,8 @@ def experts_mlp_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the result `[T, D]` and the pre-activations `[P, F]`; `slots` is K, or 0 for free pairs."""
     plan = _plan(x_TD, up_EFD, token_P, expert_P, slots)
-    if backend == "triton":
-        from moe_kit_kernels.experts_mlp import triton_autograd
-
-        y_TD, z_PF, _ = triton_autograd.forward(
-            x_TD, up_EFD, down_EDH, weights_P, up_bias_EF, down_bias_ED, plan, activation, True
-        )
-    else:
-        y_TD, z_PF = cpu.forward(
-            x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED, activation, keep=True
-        )
+    run = implementation(backend)
+    y_TD, z_PF = run.forward(x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED, activation, keep=True)
     assert z_PF is not None
     return y_TD, z_PF
 
@@ -70,12 +62,7 @@ def experts_mlp_backward_op(
 ) -> list[Tensor]:
     """Return the six gradients of `experts_mlp`; an empty tensor stands for one that is not needed."""
     plan = _plan(x_TD, up_EFD, token_P, expert_P, slots)
-    if backend == "triton":
-        from moe_kit_kernels.experts_mlp import triton_autograd
-
-        run = triton_autograd.backward
-    else:
-        run = cpu.backward
+    run = implementation(backend).backward
     gradients = run(dy_TD, x_TD, up_EFD, down_EDH, plan, weights_P, down_bias_ED, z_PF, activation, tuple(needs))
     return [x_TD.new_empty(0) if gradient is None else gradient for gradient in gradients]
 

@@ -1,4 +1,4 @@
-"""Autograd function of the feed-forward experts on the Triton kernels.
+"""Feed-forward experts on the Triton kernels; the equations are those of `cpu.py`.
 
 Forward: one product with the gather in its load and activation (and gate) in its epilogue, one sorted product, one sum over
 a token's rows with the weights in fp32. Backward: one product that steps through the activation in its epilogue (dz, w h
@@ -11,27 +11,27 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.grouped_mm import launch, launch_sums
-from moe_kit_kernels.route_plan import RoutePlan, TileMap
+from moe_kit_kernels.route_plan import RoutePlan
 
 
 def forward(
     x_TD: Tensor,
     up_EFD: Tensor,
     down_EDH: Tensor,
+    plan: RoutePlan,
     weights_P: Tensor,
     up_bias_EF: Tensor | None,
     down_bias_ED: Tensor | None,
-    plan: RoutePlan,
     activation: str,
     keep: bool,
-) -> tuple[Tensor, Tensor | None, TileMap]:
-    """Return the result `[T, D]`, with `keep` the pre-activations `[P, F]`, and the tile map for the backward."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return the result `[T, D]` and, with `keep`, the pre-activations `[P, F]` in sorted order."""
     tiles = launch.plan_tiles(plan)
     gated = up_EFD.shape[1] == 2 * down_EDH.shape[2]
     options = {"gather": True, "activation": activation, "gated": gated}
     h_PH, z_PF = launch.product(x_TD, up_EFD, plan, tiles, bias_EO=up_bias_EF, keep=keep, **options)
     y_PD, _ = launch.product(h_PH, down_EDH, plan, tiles, bias_EO=down_bias_ED)
-    return launch_sums.combine(y_PD, plan, weights_P), z_PF, tiles
+    return launch_sums.combine(y_PD, plan, weights_P), z_PF
 
 
 def backward(
@@ -45,10 +45,10 @@ def backward(
     z_PF: Tensor,
     activation: str,
     needs: tuple[bool, bool, bool, bool, bool, bool],
-    tiles: TileMap | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, up, down, weights, up bias and down bias; None where `needs` says so."""
-    tiles = launch.plan_tiles(plan) if tiles is None else tiles
+    # kept on the plan by the forward
+    tiles = launch.plan_tiles(plan)
     need_x, need_up, need_down, need_weights, need_up_bias, need_down_bias = needs
     gated = up_EFD.shape[1] == 2 * down_EDH.shape[2]
     dx = d_up = d_down = dweights = d_up_bias = d_down_bias = None
@@ -77,45 +77,3 @@ def backward(
         dx_PD, _ = launch.product(dz_PF, up_EFD.transpose(1, 2), plan, tiles)
         dx = launch_sums.combine(dx_PD, plan)
     return dx, d_up, d_down, dweights, d_up_bias, d_down_bias
-
-
-class ExpertsMLPTriton(torch.autograd.Function):
-    """Routed feed-forward experts."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x_TD: Tensor,
-        up_EFD: Tensor,
-        down_EDH: Tensor,
-        weights_P: Tensor,
-        up_bias_EF: Tensor | None,
-        down_bias_ED: Tensor | None,
-        plan: RoutePlan,
-        activation: str,
-    ) -> Tensor:
-        """Return the result `[T, D]`."""
-        keep = any(ctx.needs_input_grad)
-        y_TD, z_PF, tiles = forward(x_TD, up_EFD, down_EDH, weights_P, up_bias_EF, down_bias_ED, plan, activation, keep)
-        ctx.save_for_backward(x_TD, up_EFD, down_EDH, weights_P, down_bias_ED, z_PF)
-        ctx.plan, ctx.tiles, ctx.activation = plan, tiles, activation
-        return y_TD
-
-    @staticmethod
-    def backward(ctx, dy_TD: Tensor):
-        """Return the gradients of x, up, down, weights and the biases."""
-        x_TD, up_EFD, down_EDH, weights_P, down_bias_ED, z_PF = ctx.saved_tensors
-        gradients = backward(
-            dy_TD,
-            x_TD,
-            up_EFD,
-            down_EDH,
-            ctx.plan,
-            weights_P,
-            down_bias_ED,
-            z_PF,
-            ctx.activation,
-            ctx.needs_input_grad[:6],
-            ctx.tiles,
-        )
-        return *gradients, None, None
