@@ -93,13 +93,10 @@ def grouped_mm(
             gated,
             name,
         )
-    elif name == "triton":
-        from moe_kit_kernels.grouped_mm.triton_autograd import grouped_mm as triton_grouped_mm
-
-        y = triton_grouped_mm(x, weight_EOD, plan, bias_EO=bias_EO, weights=weights, residual=residual, **options)
     else:
         weights_P = None if weights is None else weights.reshape(-1)
-        y = GroupedMM.apply(x, weight_EOD, bias_EO, weights_P, residual, plan, gather, scatter, activation, gated)
+        more = (plan, gather, scatter, activation, gated, name)
+        y = GroupedMM.apply(x, weight_EOD, bias_EO, weights_P, residual, *more)
     return y.to(dtype)
 
 

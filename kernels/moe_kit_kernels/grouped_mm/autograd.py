@@ -1,4 +1,4 @@
-"""Autograd function of the grouped GEMM for the plain PyTorch path.
+"""Autograd function of the grouped GEMM; both implementations offer the same three steps (`cpu.py`, `triton_rows.py`).
 
     dz = dact(weight_p * dy_p);  dW_e = dz^T x;  db_e = sum dz;  dx = dz W_e;  dweight_p = <dy_p, act(z_p)>
 
@@ -6,12 +6,23 @@ Saved: x (shared with the caller), the weight, and the pre-activations z only wh
 weights needs them.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.grouped_mm import cpu
-from moe_kit_kernels.grouped_mm.activations import activate, activate_backward
+from moe_kit_kernels.grouped_mm.activations import activate_backward
 from moe_kit_kernels.route_plan import RoutePlan
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":
+        # Triton is imported by the first call that needs it
+        from moe_kit_kernels.grouped_mm import triton_rows
+
+        return triton_rows
+    return cpu
 
 
 class GroupedMM(torch.autograd.Function):
@@ -30,52 +41,47 @@ class GroupedMM(torch.autograd.Function):
         scatter: bool,
         activation: str | None,
         gated: bool,
+        backend: str,
     ) -> Tensor:
         """Return `[P, O]` rows, sorted or in the given order."""
-        x_PD = x.index_select(0, plan.sorted_token_P) if gather else x
-        z_PF = cpu.forward(x_PD, weight_EOD, plan, bias_EO)
         needs_z = activation is not None or (weights_P is not None and ctx.needs_input_grad[3])
-        ctx.save_for_backward(x, weight_EOD, weights_P, z_PF if needs_z else None)
-        ctx.plan, ctx.gather, ctx.scatter, ctx.activation, ctx.gated = plan, gather, scatter, activation, gated
-        y_PO = z_PF if activation is None else activate(z_PF, activation, gated)
-        if weights_P is not None:
-            w_P1 = weights_P.index_select(0, plan.order_P)[:, None]
-            y_PO = (y_PO * w_P1).to(y_PO.dtype)
-        if scatter:
-            y_PO = y_PO.index_select(0, plan.inverse_P)
-        return y_PO if residual is None else residual + y_PO
+        y_PO, z_PF = _implementation(backend).rows(
+            x,
+            weight_EOD,
+            plan,
+            gather=gather,
+            scatter=scatter,
+            bias_EO=bias_EO,
+            weights_P=weights_P,
+            residual=residual,
+            activation=activation,
+            gated=gated,
+            keep=needs_z and any(ctx.needs_input_grad),
+        )
+        ctx.save_for_backward(x, weight_EOD, weights_P, z_PF)
+        ctx.plan, ctx.gather, ctx.scatter = plan, gather, scatter
+        ctx.activation, ctx.gated, ctx.backend = activation, gated, backend
+        return y_PO
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         """Return the gradients of x, weight, bias, weights and residual."""
         x, weight_EOD, weights_P, z_PF = ctx.saved_tensors
-        plan, activation, gated = ctx.plan, ctx.activation, ctx.gated
+        plan, run = ctx.plan, _implementation(ctx.backend)
         need_x, need_weight, need_bias, need_weights, need_residual = ctx.needs_input_grad[:5]
-        d_residual = dy if need_residual else None
         dy_PO = dy.index_select(0, plan.order_P) if ctx.scatter else dy.contiguous()
-        dh_PO = dy_PO
+        dz_PF, y_PO = dy_PO, z_PF
         if weights_P is not None:
-            dh_PO = (dy_PO * weights_P.index_select(0, plan.order_P)[:, None]).to(dy_PO.dtype)
-        y_PO = z_PF
-        if activation is not None:
-            dz_PF = torch.empty_like(z_PF)
-            y_PO = activate_backward(dh_PO, z_PF, activation, gated, dz_PF)
-        else:
-            dz_PF = dh_PO
-        d_weights = None
+            dz_PF = (dy_PO * weights_P.index_select(0, plan.order_P)[:, None]).to(dy_PO.dtype)
+        if ctx.activation is not None:
+            dh_PO, dz_PF = dz_PF, torch.empty_like(z_PF)
+            y_PO = activate_backward(dh_PO, z_PF, ctx.activation, ctx.gated, dz_PF)
+        dx = d_weights = None
         if need_weights:
             dot_P = torch.linalg.vecdot(dy_PO.to(weights_P.dtype), y_PO.to(weights_P.dtype))
-            # rows behind the last run belong to dropped pairs
-            dot_P[plan.host_offsets[-1] :] = 0
-            d_weights = dot_P.index_select(0, plan.inverse_P)
-        dx = dw = db = None
+            dropped_P = plan.sorted_expert_P == plan.num_experts
+            d_weights = dot_P.masked_fill(dropped_P, 0).index_select(0, plan.inverse_P)
         if need_x:
-            dx = cpu.grad_input(dz_PF, weight_EOD, plan)
-            if ctx.gather:
-                dx = cpu.combine(dx, plan)
-        if need_weight:
-            x_PD = x.index_select(0, plan.sorted_token_P) if ctx.gather else x
-            dw = cpu.grad_weight(dz_PF, x_PD, weight_EOD, plan)
-        if need_bias:
-            db = cpu.grad_bias(dz_PF, plan)
-        return dx, dw, db, d_weights, d_residual, None, None, None, None, None
+            dx = run.grad_rows(dz_PF, weight_EOD, plan, ctx.gather)
+        dw, db = run.grad_stacks(dz_PF, x, weight_EOD, plan, ctx.gather, need_weight, need_bias)
+        return dx, dw, db, d_weights, dy if need_residual else None, *[None] * 6

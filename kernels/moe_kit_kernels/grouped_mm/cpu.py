@@ -26,6 +26,7 @@ try:
 except ImportError:  # torch before 2.10
     grouped_mm = None
 
+from moe_kit_kernels.grouped_mm.activations import activate
 from moe_kit_kernels.route_plan import RoutePlan
 
 # row counts of the three windows; see the module docstring
@@ -140,6 +141,49 @@ def forward(x_PD: Tensor, weight_EOD: Tensor, plan: RoutePlan, bias_EO: Tensor |
             z_nO += bias_EO[e]
     z_PO[plan.host_offsets[-1] :] = 0
     return z_PO
+
+
+def rows(
+    x: Tensor,
+    weight_EOD: Tensor,
+    plan: RoutePlan,
+    *,
+    gather: bool,
+    scatter: bool,
+    bias_EO: Tensor | None,
+    weights_P: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    gated: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the operator's result `[P, O]` and, with `keep`, the pre-activations in sorted order."""
+    z_PF = forward(x.index_select(0, plan.sorted_token_P) if gather else x, weight_EOD, plan, bias_EO)
+    y_PO = z_PF if activation is None else activate(z_PF, activation, gated)
+    if weights_P is not None:
+        w_P1 = weights_P.index_select(0, plan.order_P)[:, None]
+        y_PO = (y_PO * w_P1).to(y_PO.dtype)
+    if scatter:
+        y_PO = y_PO.index_select(0, plan.inverse_P)
+    return y_PO if residual is None else residual + y_PO, z_PF if keep else None
+
+
+def grad_rows(dz_PF: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
+    """Return `dx`: by token (summed over its rows) with `gather`, else sorted."""
+    dx_PD = grad_input(dz_PF, weight_EOD, plan)
+    return combine(dx_PD, plan) if gather else dx_PD
+
+
+def grad_stacks(
+    dz_PF: Tensor, x: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the weight and of the bias, each where it is needed."""
+    dw = db = None
+    if need_weight:
+        dw = grad_weight(dz_PF, x.index_select(0, plan.sorted_token_P) if gather else x, weight_EOD, plan)
+    if need_bias:
+        db = grad_bias(dz_PF, plan)
+    return dw, db
 
 
 def grad_input(dz_PO: Tensor, weight_EOD: Tensor, plan: RoutePlan) -> Tensor:

@@ -16,12 +16,7 @@ _Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 def _run(inputs: _Inputs, token_P, expert_P, num_tokens, slots, gather, scatter, activation, gated, backend) -> Tensor:
     plan = RoutePlan(expert_P, num_tokens, inputs[1].shape[0], slots or None, None if slots else token_P)
-    function: type[torch.autograd.Function] = GroupedMM
-    if backend == "triton":
-        from moe_kit_kernels.grouped_mm.triton_autograd import GroupedMMTriton
-
-        function = GroupedMMTriton
-    return function.apply(*inputs, plan, gather, scatter, activation or None, gated)
+    return GroupedMM.apply(*inputs, plan, gather, scatter, activation or None, gated, backend)
 
 
 @torch.library.custom_op("moe_kit::grouped_mm", mutates_args=())
