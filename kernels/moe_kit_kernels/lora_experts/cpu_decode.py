@@ -16,6 +16,7 @@ from torch import Tensor, addmv, mv
 from torch.nn.functional import linear
 
 from moe_kit_kernels.common.checks import fail
+from moe_kit_kernels.lora_experts.cpu_columns import one_dtype
 
 
 def decode(
@@ -48,6 +49,18 @@ def decode(
     """
     T = x_TD.shape[0]
     E, O, L = B_EOL.shape
+    lowest = min((e for ids in ids_TK for e in ids), default=0)
+    if lowest < -1:
+        raise fail("lora_experts", "an expert id", lowest, "-1 or more", "Mark empty slots with -1")
+    if one_dtype(x_TD, A_ELD, B_EOL, base_TO):
+        if base_TO is None:
+            y_TO = x_TD.new_zeros(T, O)
+        else:
+            y_TO = base_TO if overwrite else base_TO.clone()
+        chosen_T = _chosen(ids_TK, weights_TK.reshape(T, len(ids_TK[0]) if T else 0).tolist(), scale, E)
+        for y_O, x_D, chosen in zip(y_TO.unbind(), x_TD.unbind(), chosen_T, strict=True):
+            _add_chosen(y_O, x_D, A_ELD, B_EOL, chosen)
+        return y_TO
     dtype = torch.promote_types(x_TD.dtype, A_ELD.dtype)
     sum_dtype = torch.promote_types(dtype, torch.float32)
     out_dtype = x_TD.dtype if base_TO is None else base_TO.dtype
@@ -64,8 +77,6 @@ def decode(
         pairs = []
         for t, ids in enumerate(ids_TK):
             for k, e in enumerate(ids):
-                if e < -1:
-                    raise fail("lora_experts", "an expert id", e, "-1 or more", "Mark empty slots with -1")
                 if 0 <= e < E:
                     p = t * K + k
                     torch.mv(A_ELD[e].to(dtype), rows_T[t], out=H_PL[p])
@@ -113,10 +124,7 @@ def decode_linears(
     for ids in ids_TK:
         if min(ids, default=0) < -1:
             raise fail("lora_linear", "an expert id", min(ids), "-1 or more", "Mark empty slots with -1")
-    chosen_T = [
-        [(e, w * scale) for e, w in zip(ids, weights) if 0 <= e < E]
-        for ids, weights in zip(ids_TK, weights_TK, strict=True)
-    ]
+    chosen_T = _chosen(ids_TK, weights_TK, scale, E)
     if len(chosen_T) == 1:
         # one token stays a vector throughout: at this size each view costs as much as a product
         x_D, chosen = x_TD.view(-1), chosen_T[0]
@@ -133,6 +141,16 @@ def decode_linears(
             _add_chosen(y_O, x_D, a_ELD, b_EOL, chosen)
         results.append(y_TO)
     return results
+
+
+def _chosen(
+    ids_TK: list[list[int]], weights_TK: list[list[float]], scale: float, num_experts: int
+) -> list[list[tuple[int, float]]]:
+    """(expert, scale * weight) of each token's filled slots."""
+    return [
+        [(e, w * scale) for e, w in zip(ids, weights) if 0 <= e < num_experts]
+        for ids, weights in zip(ids_TK, weights_TK, strict=True)
+    ]
 
 
 def _add_chosen(
