@@ -122,7 +122,8 @@ def gate(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _largest(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, best first, by k passes: `max` is vectorised, and takes the first of equal values."""
-    values, ids = [], []
+    values: list[Tensor] = []
+    ids: list[Tensor] = []
     for _ in range(k):
         if ids:
             scores_TE = scores_TE.scatter(1, ids[-1], -math.inf)
