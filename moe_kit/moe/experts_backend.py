@@ -12,10 +12,12 @@ of every experts module whose class is marked for it. The one here serves all of
 Legend: T tokens, K slots a token, E experts, D width, H expert width, F = 2H when gated, else H.
 """
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from moe_kit.hf.experts import run_experts, up_name, weight_of
 
 NAME = "moe_kit"
 """Key in transformers' registry."""
@@ -55,56 +57,32 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     Raises:
         KernelError: Shapes that do not fit the module's stacks.
     """
-    from moe_kit_kernels import experts_mlp, route_plan
+    from moe_kit_kernels import experts_mlp
 
-    has_bias = module.has_bias
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    up_EFD, down_EDH = getattr(module, name), module.down_proj
-    if module.is_transposed:
-        up_EFD, down_EDH = up_EFD.transpose(1, 2), down_EDH.transpose(1, 2)
-    up_bias_EF = getattr(module, f"{name}_bias") if has_bias else None
-    down_bias_ED = module.down_proj_bias if has_bias else None
     activation = _fused_activation(module)
     if activation is not None:
+        name = up_name(module)
         y_TD = experts_mlp(
             hidden_states,
-            up_EFD,
-            down_EDH,
+            weight_of(module, name),
+            weight_of(module, "down_proj"),
             top_k_index,
             top_k_weights,
-            up_bias_EF=up_bias_EF,
-            down_bias_ED=down_bias_ED,
+            up_bias_EF=getattr(module, f"{name}_bias") if module.has_bias else None,
+            down_bias_ED=module.down_proj_bias if module.has_bias else None,
             activation=activation,
         )
         return y_TD.to(hidden_states.dtype)
-    plan = route_plan(top_k_index, up_EFD.shape[0])
-    return _composed(module, hidden_states, top_k_weights, plan, up_EFD, down_EDH, up_bias_EF, down_bias_ED)
+    # the model's own code between two grouped GEMMs
+    return run_experts(module, hidden_states, top_k_index, top_k_weights, partial(_product, module))
 
 
-def _composed(
-    module: Any,
-    x_TD: Tensor,
-    weights_TK: Tensor,
-    plan: Any,
-    up_EFD: Tensor,
-    down_EDH: Tensor,
-    up_bias_EF: Tensor | None,
-    down_bias_ED: Tensor | None,
-) -> Tensor:
-    """Run the model's own code between the two grouped GEMMs."""
+def _product(module: Any, name: str, x: Tensor, plan: Any, *, gather: bool = False, scatter: bool = False) -> Tensor:
+    """Rows times their expert's matrix; see `moe_kit.hf.experts.Product`."""
     from moe_kit_kernels import grouped_mm
 
-    T, K = weights_TK.shape
-    z_PF = grouped_mm(x_TD, up_EFD, plan, gather=True, bias_EO=up_bias_EF)
-    h_PH = module._apply_gate(z_PF) if module.has_gate else module.act_fn(z_PF)
-    y_PD = grouped_mm(h_PH, down_EDH, plan, scatter=True, bias_EO=down_bias_ED)
-    if module.has_post_expert_norm:
-        y_PD = module.post_expert_norm(y_PD)
-    # an empty slot's row is zero, but a norm with an offset could make something of it
-    weights_TK = weights_TK.masked_fill((plan.expert_P == plan.num_experts).view(T, K), 0)
-    weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
-    y_TKD = y_PD.view(T, K, -1).to(weights_TK.dtype)
-    return torch.einsum("tk,tkd->td", weights_TK, y_TKD).to(x_TD.dtype)
+    bias_EO = getattr(module, f"{name}_bias") if module.has_bias else None
+    return grouped_mm(x, weight_of(module, name), plan, bias_EO=bias_EO, gather=gather, scatter=scatter)
 
 
 def _fused_activation(module: Any) -> str | None:

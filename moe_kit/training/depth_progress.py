@@ -89,7 +89,8 @@ class Progress:
         path = self.folder / _STATE
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            stored = load_file(str(self.folder / state["tensors"]))
+            # a file of this folder, whatever the JSON says
+            stored = load_file(str(self.folder / Path(state["tensors"]).name))
             self.phase, self.results, self._history = state["phase"], state["results"], state["history"]
             for name in _CHANGING:
                 setattr(self.config, name, state["config"][name])
