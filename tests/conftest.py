@@ -1,6 +1,11 @@
 """Shared test set-up: one thread count, poisoned allocations, fixed seeds."""
 
 import os
+import signal
+
+# started in the background, a shell has the keyboard's signal ignored; tests of Ctrl-C send it themselves
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
