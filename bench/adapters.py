@@ -81,6 +81,8 @@ def check_against_loop(base: nn.Module, batch: dict[str, Tensor]) -> float:
     Raises:
         AssertionError: if they differ by more than float32 rounding.
     """
+    # other weights could put two experts so close at some token that rounding chooses
+    torch.manual_seed(0)
     ours = routed(with_shared_weights(base), "mixture_of_lora", router_sharing="none").eval()
     loop = with_loop(with_shared_weights(base)).eval()
     generator = torch.Generator().manual_seed(1)
