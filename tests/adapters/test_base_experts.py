@@ -18,41 +18,17 @@ from moe_kit.adapters.transfer import copy_experts
 from moe_kit.training.inspection import inspect_model, print_inspection
 from moe_kit.training.recipe import AdapterConfig
 from moe_kit.training.wrapping import adapter_config, wrap_model
-from tests.tiny import wake_banks
+from tests.tiny import tiny_moe, wake_banks
 from tests.tolerances import assert_close
 
-COMMON = dict(
-    vocab_size=61,
-    hidden_size=16,
-    intermediate_size=20,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=64,
-    pad_token_id=0,
-)
-MODELS = {
-    "Mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
-    "Qwen3Moe": dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12, head_dim=8, norm_topk_prob=True),
-    "Olmoe": dict(num_experts=8, num_experts_per_tok=2),
-    # stored [E, in, out], with biases, gate and up interleaved
-    "GptOss": dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=16),
-}
+FAMILIES = ["Mixtral", "Qwen3Moe", "Olmoe", "GptOss"]
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 NAME = "skills_a"
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
 
 def base_of(family, **overrides):
-    config = getattr(transformers, f"{family}Config")(**{**COMMON, **MODELS[family], **overrides})
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # the default initialisation leaves biases and routers near zero, where a mix-up would not show
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * 0.2 if parameter.dim() > 1 else 1 + 0.1 * noise)
-    return model.eval()
+    return tiny_moe(family, **{"vocab_size": 61, **overrides}).eval()
 
 
 def config_of(**overrides):
@@ -98,7 +74,7 @@ def grads(model, logits):
 
 
 @pytest.mark.parametrize("targets", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "up", "down"])
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_naive_lora_of_each_expert(family, targets):
     base = base_of(family)
     fresh = base(IDS).logits
@@ -228,8 +204,8 @@ def test_ranks_scales_and_layers():
     model = wrap(base_of("Mixtral"), layers_to_transform=[1], rank_pattern={"down_proj": 5}, use_rslora=True)
     assert list(layers_of(model)) == ["model.layers.1.mlp.experts"]
     bank = layers_of(model)["model.layers.1.mlp.experts"].moe_adapter_bank[NAME]
-    assert bank["gate_up_proj"].A.shape == (4, 3, 16)
-    assert bank["down_proj"].B.shape == (4, 16, 5)
+    assert bank["gate_up_proj"].A.shape == (4, 3, 32)
+    assert bank["down_proj"].B.shape == (4, 32, 5)
     assert bank["down_proj"].scale == pytest.approx(6 / 5**0.5)
 
 
@@ -387,12 +363,12 @@ def test_inspection_counts_what_a_token_meets():
     stacks = {m.path: m for m in found.modules if "experts" in m.path}
     assert len(stacks) == 4
     up = stacks["model.layers.0.mlp.experts.gate_up_proj"]
-    assert (up.width_in, up.width_out, up.experts, up.active, up.router) == (16, 24, 6, 3, None)
-    assert up.parameters == 6 * 3 * (16 + 24)
-    assert up.active_parameters == 3 * 3 * (16 + 24)
-    # q 16, k and v 8 wide each, o, three of six experts of width 12, and the head
-    linears = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * (24 * 16 + 12 * 16)
-    assert found.base_flops == 2 * (2 * linears + 61 * 16)
+    assert (up.width_in, up.width_out, up.experts, up.active, up.router) == (32, 48, 6, 3, None)
+    assert up.parameters == 6 * 3 * (32 + 48)
+    assert up.active_parameters == 3 * 3 * (32 + 48)
+    # q 32, k and v 16 wide each, o, three of six experts of width 24, and the head
+    linears = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * (48 * 32 + 24 * 32)
+    assert found.base_flops == 2 * (2 * linears + 61 * 32)
     console = Console(width=100, record=True, file=io.StringIO())
     print_inspection(found, console)
     assert "6 adapted weights" in console.export_text()

@@ -8,13 +8,13 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from moe_kit import ConfigError, RoutedTrainer, routing_losses
 from moe_kit.hf import hooks
 from moe_kit.routing import weighted_routing_loss
 from tests.conformance.common import NAME, config, gradients, routed, rows, wake
-from tests.tiny import batch_of, tiny_llama
+from tests.tiny import batch_of, quiet_arguments, tiny_llama
 from tests.tolerances import assert_close
 
 # large, so that the part of the auxiliary loss is no small difference of two float32 gradients
@@ -44,15 +44,11 @@ def uneven_rows():
 def arguments(folder, **overrides):
     values = dict(
         max_steps=1,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
         max_grad_norm=0.0,
         lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
     )
-    return TrainingArguments(str(folder), **{**values, **overrides})
+    return quiet_arguments(folder, **{**values, **overrides})
 
 
 def caught_gradients(model, folder, trainer_class=Trainer, data=None, options=None, **overrides):

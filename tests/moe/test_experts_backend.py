@@ -8,46 +8,8 @@ from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
 from moe_kit.moe import experts_backend
+from tests.tiny import MOE_FAMILIES, tiny_moe, tiny_moe_config
 from tests.tolerances import assert_close
-
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MODELS = {
-    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "Qwen3Moe": {
-        "num_experts": 6,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24,
-        "head_dim": 8,
-        "norm_topk_prob": True,
-    },
-    "Olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
-    "DeepseekV3": {
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
-    },
-    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -56,15 +18,7 @@ def _registered():
 
 
 def build(name, dtype=torch.float32):
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **MODELS[name]})
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # the default initialisation leaves biases and routers near zero, where a mix-up would not show
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * 0.2 if parameter.dim() > 1 else 1 + 0.1 * noise)
-    return model.to(dtype)
+    return tiny_moe(name).to(dtype)
 
 
 def run(model, implementation, ids):
@@ -75,7 +29,7 @@ def run(model, implementation, ids):
     return logits, {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MOE_FAMILIES)
 def test_equals_eager(name):
     model = build(name)
     ids = torch.randint(3, 64, (2, 9))
@@ -112,7 +66,7 @@ def test_half_precision(name):
 
 
 def test_from_config_and_checkpointing():
-    config = transformers.Qwen3MoeConfig(**{**COMMON, **MODELS["Qwen3Moe"]})
+    config = tiny_moe_config("Qwen3Moe")
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="moe_kit")
     assert model.config._experts_implementation == "moe_kit"
     ids = torch.randint(3, 64, (2, 9))

@@ -3,13 +3,12 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import TrainingArguments
 
 from moe_kit import ConfigError, RoutedTrainer
 from moe_kit.routing.state import policy_gradient
 from moe_kit.training.trainer import PolicyConfig
 from tests.conformance.common import gradients, routed, rows
-from tests.tiny import batch_of, tiny_llama
+from tests.tiny import batch_of, quiet_arguments, tiny_llama
 from tests.tolerances import assert_close
 
 
@@ -29,14 +28,10 @@ def _fresh_compiler():
 def train(folder, compiled, **policy):
     # the layers below the adapters run once for all samples
     model = remix(layers_to_transform=[1])
-    arguments = TrainingArguments(
-        str(folder),
+    arguments = quiet_arguments(
+        folder,
         max_steps=2,
         per_device_train_batch_size=4,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
         logging_steps=1,
         learning_rate=1e-2,
         lr_scheduler_type="constant",

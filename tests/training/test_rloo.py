@@ -25,7 +25,7 @@ from moe_kit.routing import policy_gradient
 from moe_kit.training.prefix import first_adapted_layer, shared_prefix
 from moe_kit.training.rloo import PolicySample, has_policy, policy_loss, sample_of, token_losses
 from moe_kit.training.trainer import PolicyConfig, param_groups
-from tests.tiny import batch_of, tiny_llama, wake_banks
+from tests.tiny import batch_of, quiet_arguments, tiny_llama, wake_banks
 
 
 def remix_model(layers=(0,), targets=("down_proj",), num_experts=2, top_k=1, depth=2, **overrides):
@@ -171,17 +171,8 @@ def test_prefix_is_not_shared_when_lower_layers_train():
 
 
 def arguments(tmp_path, **overrides):
-    values = dict(
-        max_steps=2,
-        per_device_train_batch_size=2,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-        learning_rate=1e-2,
-        logging_steps=1,
-    )
-    return TrainingArguments(str(tmp_path), **{**values, **overrides})
+    values = dict(max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1)
+    return quiet_arguments(tmp_path, **{**values, **overrides})
 
 
 def dataset(rows=8):

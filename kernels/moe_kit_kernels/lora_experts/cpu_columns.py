@@ -18,9 +18,6 @@ from moe_kit_kernels.lora_experts import cpu
 from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan
 
-# numbers in H up to which its rows are weighed one expert's columns at a time (measured)
-_FEW = 1 << 12
-
 
 def one_dtype(*tensors: Tensor | None) -> bool:
     """Tell whether the straight line serves some tensors.
@@ -77,32 +74,20 @@ def add(
     """
     n, (E, L, _D) = len(A), A[0].shape
     H_TC = torch.mm(x_TD, _joined(A).t())
-    if plan is not None and not keep and H_TC.numel() <= _FEW:
-        # a product with the expansion costs more than it saves
-        table_TE = plan.gates_TE1(weights).narrow(1, 0, E)
-        table_TE = table_TE if scale == 1 else table_TE.mul_(scale)
-        H_TC.view(-1, n, E, L).mul_(table_TE[:, None, :, None])
-        return _up(H_TC, bases, B, owned), ()
     expand_EC = cpu.expansion(E, (L,) * n, scale, x_TD.dtype, x_TD.device)
     factors_TC = _factors(plan, weights, expand_EC)
     kept: tuple[Tensor, ...] = ()
     if keep:
         kept = (H_TC if plan is None else H_TC.view(-1, L).index_select(0, cpu.chosen_rows(plan, n)),)
     G_TC = H_TC * factors_TC if keep and plan is None else H_TC.mul_(factors_TC)
-    return _up(G_TC, bases, B, owned), kept
-
-
-def _up(G_TC: Tensor, bases: Sequence[Tensor | None], B: Sequence[Tensor], owned: bool) -> list[Tensor]:
-    """Each projection's weighed columns times its B, added to its base."""
     results = []
-    parts = (G_TC,) if len(B) == 1 else G_TC.split(B[0].shape[0] * B[0].shape[2], dim=1)
-    for part_TC, base_TO, b_EOL in zip(parts, bases, B, strict=True):
-        Bt_CO = cpu.join_up(b_EOL, G_TC.dtype).t()
+    for part_TC, base_TO, b_EOL in zip(G_TC.split(E * L, dim=1), bases, B, strict=True):
+        Bt_CO = cpu.join_up(b_EOL, x_TD.dtype).t()
         if base_TO is None:
             results.append(torch.mm(part_TC, Bt_CO))
         else:
             results.append(base_TO.addmm_(part_TC, Bt_CO) if owned else torch.addmm(base_TO, part_TC, Bt_CO))
-    return results
+    return results, kept
 
 
 def gradients(

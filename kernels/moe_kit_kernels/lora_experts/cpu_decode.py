@@ -47,20 +47,9 @@ def decode(
     Raises:
         KernelError: an id below -1.
     """
-    T = x_TD.shape[0]
-    E, O, L = B_EOL.shape
-    lowest = min((e for ids in ids_TK for e in ids), default=0)
-    if lowest < -1:
-        raise fail("lora_experts", "an expert id", lowest, "-1 or more", "Mark empty slots with -1")
-    if one_dtype(x_TD, A_ELD, B_EOL, base_TO):
-        if base_TO is None:
-            y_TO = x_TD.new_zeros(T, O)
-        else:
-            y_TO = base_TO if overwrite else base_TO.clone()
-        chosen_T = _chosen(ids_TK, weights_TK.reshape(T, len(ids_TK[0]) if T else 0).tolist(), scale, E)
-        for y_O, x_D, chosen in zip(y_TO.unbind(), x_TD.unbind(), chosen_T, strict=True):
-            _add_chosen(y_O, x_D, A_ELD, B_EOL, chosen)
-        return y_TO
+    (T, _D), (E, O, _L) = x_TD.shape, B_EOL.shape
+    K = len(ids_TK[0]) if T else 0
+    chosen_T = _chosen("lora_experts", ids_TK, weights_TK.reshape(T, K).tolist(), scale, E)
     dtype = torch.promote_types(x_TD.dtype, A_ELD.dtype)
     sum_dtype = torch.promote_types(dtype, torch.float32)
     out_dtype = x_TD.dtype if base_TO is None else base_TO.dtype
@@ -70,23 +59,14 @@ def decode(
         y_TO = base_TO if overwrite else base_TO.clone()
     else:
         y_TO = base_TO.to(sum_dtype)
-    K = len(ids_TK[0]) if ids_TK else 0
-    if T and K:
-        rows_T, sums_T = x_TD.to(dtype).unbind(), y_TO.unbind()
-        H_PL = x_TD.new_zeros(T * K, L, dtype=dtype)
-        pairs = []
-        for t, ids in enumerate(ids_TK):
-            for k, e in enumerate(ids):
-                if 0 <= e < E:
-                    p = t * K + k
-                    torch.mv(A_ELD[e].to(dtype), rows_T[t], out=H_PL[p])
-                    pairs.append((p, t, e))
-        G_PL = (H_PL * (weights_TK.reshape(-1, 1).to(sum_dtype) * scale)).to(dtype).unbind()
-        for p, t, e in pairs:
-            if sum_dtype == dtype:
-                sums_T[t].addmv_(B_EOL[e].to(dtype), G_PL[p])
-            else:
-                sums_T[t].add_(torch.mv(B_EOL[e].to(dtype), G_PL[p]))
+    plain = one_dtype(x_TD, A_ELD, B_EOL, y_TO)
+    for y_O, x_D, chosen in zip(y_TO.unbind(), x_TD.to(dtype).unbind(), chosen_T, strict=True):
+        if plain:
+            _add_chosen(y_O, x_D, A_ELD, B_EOL, chosen)
+            continue
+        for e, factor in chosen:
+            G_L = mv(A_ELD[e].to(dtype), x_D).mul_(factor)
+            y_O.add_(mv(B_EOL[e].to(dtype), G_L))
     if overwrite and base_TO is not None and y_TO is not base_TO:
         return base_TO.copy_(y_TO)
     return y_TO.to(out_dtype)
@@ -120,11 +100,7 @@ def decode_linears(
     Raises:
         KernelError: an id below -1.
     """
-    E = len(A[0])
-    for ids in ids_TK:
-        if min(ids, default=0) < -1:
-            raise fail("lora_linear", "an expert id", min(ids), "-1 or more", "Mark empty slots with -1")
-    chosen_T = _chosen(ids_TK, weights_TK, scale, E)
+    chosen_T = _chosen("lora_linear", ids_TK, weights_TK, scale, len(A[0]))
     if len(chosen_T) == 1:
         # one token stays a vector throughout: at this size each view costs as much as a product
         x_D, chosen = x_TD.view(-1), chosen_T[0]
@@ -144,9 +120,16 @@ def decode_linears(
 
 
 def _chosen(
-    ids_TK: list[list[int]], weights_TK: list[list[float]], scale: float, num_experts: int
+    operator: str, ids_TK: list[list[int]], weights_TK: list[list[float]], scale: float, num_experts: int
 ) -> list[list[tuple[int, float]]]:
-    """(expert, scale * weight) of each token's filled slots."""
+    """(expert, scale * weight) of each token's filled slots.
+
+    Raises:
+        KernelError: an id below -1.
+    """
+    lowest = min((e for ids in ids_TK for e in ids), default=0)
+    if lowest < -1:
+        raise fail(operator, "an expert id", lowest, "-1 or more", "Mark empty slots with -1")
     return [
         [(e, w * scale) for e, w in zip(ids, weights) if 0 <= e < num_experts]
         for ids, weights in zip(ids_TK, weights_TK, strict=True)
