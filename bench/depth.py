@@ -16,6 +16,7 @@ Outputs are checked before anything is timed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -84,26 +85,24 @@ class Routes:
         self.model, self.table, self.ids = model, table, ids
         self.cache: DynamicCache | None = None
 
-    def __call__(self, ids: torch.Tensor, **options: Any) -> Any:
-        if self.table is None:
-            return self.model(ids, **options)
-        with force_layers(self.model, self.table):
-            return self.model(ids, **options)
+    def forced(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.table is None else force_layers(self.model, self.table)
 
     @torch.no_grad()
-    def prefill(self) -> None:
-        self(self.ids, use_cache=True, logits_to_keep=1)
+    def prefill(self) -> Any:
+        with self.forced():
+            return self.model(self.ids, use_cache=True, logits_to_keep=1)
 
-    @torch.no_grad()
     def start(self) -> None:
-        self.cache = self(self.ids, use_cache=True, logits_to_keep=1).past_key_values
+        self.cache = self.prefill().past_key_values
 
     @torch.no_grad()
     def decode(self) -> None:
         assert self.cache is not None
         step = self.ids[:, :1]
-        for _ in range(DECODE):
-            self(step, past_key_values=self.cache, use_cache=True)
+        with self.forced():
+            for _ in range(DECODE):
+                self.model(step, past_key_values=self.cache, use_cache=True)
         # back to the prompt's end, so that every call does the same work; skipped layers hold nothing to remove
         for layer in self.cache.layers:
             if getattr(layer, "keys", None) is not None and layer.keys.dim() == 4:

@@ -7,7 +7,8 @@ The base is fine-tuned once (a LoRA adapter in DIR/base that every method merges
 the same number of steps on the same data. One JSON row a point in DIR/rows.jsonl, written as soon as it is known: what
 has a row is not run again, and a method that was trained is not trained again.
 
-A row: `layers` = mean layer applications over prompts, `nats_per_token` and `exact` (all tokens of the answer are the
+A row: `saved` = the share of all layers that the compute knob was calibrated to save on training examples (null: as
+trained), `budget` = where the knob stands, `layers` = mean layer applications over prompts, `nats_per_token` and `exact` (all tokens of the answer are the
 most likely ones, which is what greedy decoding would answer) over held-out examples in the mean over tasks, and for
 single prompts tokens/s of prefill and decode beside those of the same model with its adapters off.
 """
@@ -15,6 +16,7 @@ single prompts tokens/s of prefill and decode beside those of the same model wit
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -26,18 +28,20 @@ import torch
 import yaml
 
 METHODS = ("dense", "dense_lora", "static", "importance", "random", "dr_llm", "first", "informed", "flexi")
-# values of the compute knob, each a point; trained once
-BUDGETS = {
-    "dense": (0.0,),
+# shares of all layers that are saved, each a point of what was trained once; None = as it was trained
+SAVED: dict[str, tuple[float | None, ...]] = {
+    "dense": (None,),
     "dense_lora": (None,),
-    "static": (0.1, 0.25),
-    "importance": (0.25,),
-    "random": (0.1, 0.25),
-    "dr_llm": (0.0, -0.3, -0.5),
-    "first": (0.5, 0.7),
-    "informed": (0.5, 0.7),
-    "flexi": (0.5, 0.7),
+    "static": (0.1, 0.2),
+    "importance": (0.1, 0.2),
+    "random": (0.1, 0.2),
+    "dr_llm": (None, 0.1, 0.2),
+    "first": (None, 0.1, 0.2),
+    "informed": (None, 0.1, 0.2),
+    "flexi": (None, 0.1, 0.2),
 }
+# batches of training examples that a budget is calibrated on
+CALIBRATED = 4
 DECODED = 8
 
 
@@ -94,11 +98,12 @@ def recipe_of(method: str, seed: int, settings: Comparison) -> Any:
     if method == "dense_lora":
         # the LoRA of FiRST's second phase, without any router before it
         recipe["phases"] = recipe["phases"][1:]
-    if method == "static":
+    if method in ("static", "importance"):
+        # what is skipped is found at each point
         recipe["phases"] = []
     for phase in recipe.get("phases", []):
         phase["batch_size"] = 8
-        if phase["kind"] != "importance":
+        if phase["kind"] != "calibrate":
             phase["settings"] = {**phase["settings"], "steps": steps, "warmup_steps": steps // 10}
     recipe["search"] = {
         "output": str(folder / "labels.jsonl"),
@@ -146,11 +151,11 @@ def compare(settings: Comparison) -> None:
     """
     settings.folder.mkdir(parents=True, exist_ok=True)
     rows_file = settings.folder / "rows.jsonl"
-    known = {(row["method"], row["seed"], row["budget"]) for row in read_rows(rows_file)}
+    known = {(row["method"], row["seed"], row["saved"]) for row in read_rows(rows_file)}
     fine_tuned_base(settings)
     for seed in settings.seeds:
         for method in settings.methods:
-            wanted = [budget for budget in BUDGETS[method] if (method, seed, budget) not in known]
+            wanted = [saved for saved in SAVED[method] if (method, seed, saved) not in known]
             if not wanted:
                 continue
             for row in _points(method, seed, wanted, settings):
@@ -159,11 +164,18 @@ def compare(settings: Comparison) -> None:
                 print(json.dumps(row), flush=True)
 
 
-def _points(method: str, seed: int, budgets: Sequence[float | None], settings: Comparison) -> Any:
-    """Train a method if that is not done, and yield a row for each budget."""
-    from moe_kit.depth.steer import set_budget
+def _points(method: str, seed: int, shares: Sequence[float | None], settings: Comparison) -> Any:
+    """Train a method if that is not done, and yield a row for each share of saved layers."""
+    from moe_kit.depth import calibrate_budget
+    from moe_kit.depth.state import find_depth_state
     from moe_kit.hf.saving import load_adapters
-    from moe_kit.training.depth import evaluate_layers, open_recipe, search_layers, train_layers
+    from moe_kit.training.depth import (
+        evaluate_layers,
+        open_recipe,
+        search_layers,
+        skip_least_important,
+        train_layers,
+    )
 
     recipe = recipe_of(method, seed, settings)
     start = time.perf_counter()
@@ -176,17 +188,26 @@ def _points(method: str, seed: int, budgets: Sequence[float | None], settings: C
     work.model.delete_adapter("depth")
     load_adapters(work.model, recipe.output_dir)
     work.model.eval()
-    for budget in budgets:
-        if budget is not None and method not in ("dense", "importance"):
-            set_budget(work.model, budget)
+    config, units = find_depth_state(work.model).configs["depth"], find_depth_state(work.model).units["depth"]
+    layers = work.model.config.num_hidden_layers
+    # a sub-layer is half a layer
+    routed = len(units) * (1.0 if config.units == "layer" else 0.5)
+    batches = list(itertools.islice(work.batches(16), CALIBRATED))
+    for saved in shares:
+        if method == "importance":
+            config.budget = saved * layers / routed
+            skip_least_important(work, batches)
+        elif saved is not None:
+            calibrate_budget(work.model, batches, saved * layers / routed)
         result = evaluate_layers(work.model, work.tokenizer, work.held_out, recipe)
         tasks = [task for task in result if task != "mean"]
         yield dict(
             method=method,
             seed=seed,
-            budget=budget,
+            saved=saved,
+            budget=config.budget,
             steps=settings.steps,
-            num_layers=work.model.config.num_hidden_layers,
+            num_layers=layers,
             layers=round(result["mean"]["layers"], 3),
             nats_per_token=round(result["mean"]["nats_per_token"], 4),
             exact=round(result["mean"]["exact"], 4),

@@ -36,6 +36,7 @@ class Route:
         agreed: what the user forced or replayed when the plans were made or last compared.
         drawn: column -> actions of the random baseline.
         executing: units that execute for every row, once all are known.
+        skipping: decoder layers that every row skips, once all are known.
     """
 
     def __init__(self, table_BU: Tensor) -> None:
@@ -46,6 +47,7 @@ class Route:
         self.agreed: Any = None
         self.drawn: list[list[int]] | None = None
         self.executing: frozenset[DepthUnit] | None = None
+        self.skipping: frozenset[DepthUnit] = frozenset()
 
     @classmethod
     def undecided(cls, batch: int, columns: int) -> Route:
@@ -67,9 +69,11 @@ class Route:
         self._cells[:, column] = actions
 
     def settle(self, units: Mapping[int, DepthUnit]) -> None:
-        """Note which units execute for every row, if the plans of all are made."""
+        """Note which units execute for every row and which layers every row skips, if the plans of all are made."""
         if self.executing is None and len(self.plans) == len(units):
-            self.executing = frozenset(units[column] for column, plan in self.plans.items() if plan.uniform == EXECUTE)
+            plans = [(units[column], plan.uniform) for column, plan in self.plans.items()]
+            self.executing = frozenset(unit for unit, action in plans if action == EXECUTE)
+            self.skipping = frozenset(unit for unit, action in plans if action == SKIP and unit.kind == "layer")
 
     def check_rows(self, batch: int) -> None:
         """Refuse another batch.
@@ -82,6 +86,14 @@ class Route:
                 f"the cache carries routes of {self.batch} rows but the forward pass has {batch}: use one cache "
                 "for one batch, or expand it with cache.batch_repeat_interleave."
             )
+
+    def obeys(self, forced_RU: Tensor) -> bool:
+        """Whether a forced table (its rows repeated for beams) asks for nothing but what was decided."""
+        rows = forced_RU.shape[0]
+        if self.batch % rows:
+            return False
+        table_BRU = self.table_BU.view(rows, -1, self.table_BU.shape[1])
+        return bool(((table_BRU == forced_RU[:, None]) | (table_BRU == UNDECIDED)).all())
 
     def agree(self, asked: Iterable[tuple[str, int, list[int] | None]]) -> None:
         """Refuse other actions than those that the request was begun with.

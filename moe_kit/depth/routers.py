@@ -1,27 +1,24 @@
 r"""Routers of layer routing: from hidden states to one logit an action, and from logits to an action.
 
-Windowed pooling (Dr.LLM, arXiv 2510.12773, section 3.1): the first W*w of n prompt tokens, w = floor(n / W),
-W = min(8, n), are cut into W windows with means m_j, and
-
-    z = (1/W) sum_j router(m_j)            the mean of logits, never the logits of a mean.
+Dr.LLM (arXiv 2510.12773, section 3.1): z = mean of the router's logits over windows of the prompt (`windows`).
 
 FiRST (arXiv 2410.12513, reconstruction): rho = mean over prompt tokens of sigmoid(w . h_t); execute iff rho >= 1/2.
 
 Weights are bare parameters and no `nn.Linear`, so that no other PEFT method targets them; they stay float32.
 
-Shapes: B rows, S sequence, D width, W windows, A actions, F hidden width, N decisions (rows or tokens).
+Shapes: B rows, S sequence, D width, A actions, F hidden width, N decisions (rows or tokens).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_kit.depth.config import EXECUTE, REPEAT, SKIP, LayerRoutingConfig
+from moe_kit.depth.windows import Windows
 
 # bias of execute over the other actions in a fresh router; softmax gives it 0.98 of three
 EXECUTE_BIAS = 5.0
@@ -166,37 +163,9 @@ class Forecaster(nn.Module):
         return self.up(functional.silu(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
 
 
-def window_matrix(mask_BS: Tensor, windows: int) -> tuple[Tensor, Tensor]:
-    """Matrix that takes the means of the windows of each row.
-
-    Args:
-        mask_BS: bool [B, S], the prompt's real tokens.
-        windows: windows at most, W.
-
-    Returns:
-        float32 [B, W, S], rows of a window sum to 1; float32 [B, W], weight of each window, rows sum to 1 (0 for the
-        windows that a prompt shorter than W tokens does not have, and everywhere without any prompt token).
-
-    Example:
-        >>> import torch
-        >>> matrix, weight = window_matrix(torch.tensor([[False, True, True, True]]), 2)
-        >>> matrix.tolist(), weight.tolist()  # one token a window, the third is dropped
-        ([[[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]], [[0.5, 0.5]])
-    """
-    count_B1 = mask_BS.sum(1, keepdim=True)
-    used_B1 = count_B1.clamp(max=windows)
-    size_B1 = torch.div(count_B1, used_B1.clamp_min(1), rounding_mode="floor")
-    rank_BS = mask_BS.long().cumsum(1) - 1
-    window_BS = torch.div(rank_BS, size_B1.clamp_min(1), rounding_mode="floor")
-    kept_BS = mask_BS & (window_BS < used_B1)
-    index_W = torch.arange(windows, device=mask_BS.device)
-    member_BWS = kept_BS[:, None] & (window_BS[:, None] == index_W[None, :, None])
-    matrix = member_BWS.float() / size_B1.clamp_min(1)[:, :, None]
-    weight = (index_W[None] < used_B1).float() / used_B1.clamp_min(1)
-    return matrix, weight
-
-
-def pooled_logits(router: ActionRouter, x_BSD: Tensor, mask_BS: Tensor, pooling: str, windows: Any) -> Tensor:
+def pooled_logits(
+    router: ActionRouter, x_BSD: Tensor, mask_BS: Tensor, pooling: str, windows: Windows | None
+) -> Tensor:
     """Logits of a decision for each row.
 
     Args:
@@ -204,7 +173,7 @@ def pooled_logits(router: ActionRouter, x_BSD: Tensor, mask_BS: Tensor, pooling:
         x_BSD: float [B, S, D], the unit's input.
         mask_BS: bool [B, S], the prompt's real tokens.
         pooling: "windows", "tokens" or "mean".
-        windows: what `window_matrix` returned, for "windows" and "mean".
+        windows: the prompt's windows, for "windows" and "mean".
 
     Returns:
         float32 [B, A].
@@ -214,9 +183,8 @@ def pooled_logits(router: ActionRouter, x_BSD: Tensor, mask_BS: Tensor, pooling:
         weight_BS = mask_BS.float() / mask_BS.sum(1, keepdim=True).clamp_min(1)
         # a row without prompt has no evidence: its probabilities are all zero, and equal logits execute
         return torch.einsum("bs,bsa->ba", weight_BS, probabilities_BSA).clamp_min(1e-20).log()
-    matrix_BWS, weight_BW = windows
-    logits_BWA = router.scorer(torch.bmm(matrix_BWS, x_BSD.float()))
-    return torch.bmm(weight_BW[:, None], logits_BWA)[:, 0]
+    assert windows is not None
+    return windows.average(router.scorer(windows.means(x_BSD)))
 
 
 def choose(logits_NA: Tensor, config: LayerRoutingConfig) -> Tensor:

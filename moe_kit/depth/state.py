@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, SKIP, LayerRoutingConfig
 from moe_kit.depth.losses import LOSSES, Trace
 from moe_kit.depth.route import Route, check_record, repeat_rows
-from moe_kit.depth.routers import window_matrix
+from moe_kit.depth.windows import Windows
 from moe_kit.errors import RoutingError
 from moe_kit.hf.cache import CarriedDecisions, ensure_carrier
 from moe_kit.hf.hooks import HookedRouting
@@ -43,6 +43,7 @@ class DepthState:
         forced: int64 [B or 1, U] actions to obey, or None.
         carrier: decisions of the present request.
         executing: units that are known to execute for every row of the present pass, and need not be asked.
+        skipping: decoder layers that are known to be skipped by every row of the present pass.
         traces: what units decided in the present training pass.
         foreign: True if the cache of the present pass was filled without layer routes.
         decisions: column -> what the tokens of the present pass do there (token scope).
@@ -63,6 +64,7 @@ class DepthState:
         """Forget the last pass: nothing of it is worth copying, and traces hold graph tensors."""
         self.carrier = CarriedDecisions()
         self.executing: frozenset[DepthUnit] = frozenset()
+        self.skipping: frozenset[DepthUnit] = frozenset()
         self.traces: list[Trace] = []
         self.decisions: dict[int, TokenDecision] = {}
         self.row_keys_B: Tensor | None = None
@@ -128,7 +130,8 @@ class DepthState:
         """
         self.under_way = module
         self.traces, self.decisions, self._pooling, self._cache = [], {}, {}, None
-        self._used, self.decided_now, self.executing = None, False, frozenset()
+        self._used, self.decided_now = None, False
+        self.executing = self.skipping = frozenset()
         if not (self.in_generate and self.carrier.sites):
             self.carrier = CarriedDecisions()
             self.row_keys_B = None
@@ -172,10 +175,14 @@ class DepthState:
         units = self.units[adapter]
         asked = self._asked()
         if asked is not None and asked is not route.agreed:
-            route.agree((u.path, c, self.forced_column(adapter, c, u.site(adapter), batch)) for c, u in units.items())
+            if self.forced is None or not route.obeys(self.forced):
+                # unit by unit, to say which one is asked for something else
+                route.agree(
+                    (u.path, c, self.forced_column(adapter, c, u.site(adapter), batch)) for c, u in units.items()
+                )
             route.agreed = asked
         if route.executing is not None and self.routing.record is None and not torch.is_grad_enabled():
-            self.executing = route.executing
+            self.executing, self.skipping = route.executing, route.skipping
 
     def _asked(self) -> Any:
         """What the user forces or replays, as an object to be told apart by identity."""
@@ -206,7 +213,7 @@ class DepthState:
         """End the forward pass; a cache is not kept alive by it."""
         self._cache, self._used, self.under_way = None, None, None
         # recomputation for a backward pass asks the units
-        self.executing = frozenset()
+        self.executing = self.skipping = frozenset()
 
     # a request
 
@@ -251,15 +258,17 @@ class DepthState:
             return repeat_rows(replay[site][:, 0].tolist(), batch)
         return None
 
-    def pooling(self, config: LayerRoutingConfig, batch: int, length: int, device: torch.device) -> tuple[Any, Any]:
-        """Tokens that a decision may read, bool [B, S], and their `window_matrix`; made once a pass and device."""
+    def pooling(
+        self, config: LayerRoutingConfig, batch: int, length: int, device: torch.device
+    ) -> tuple[Tensor, Windows | None]:
+        """Tokens that a decision may read, bool [B, S], and their windows; made once a pass and device."""
         count = None if config.pooling == "tokens" else config.windows if config.pooling == "windows" else 1
         key = (count, batch, length, device)
         if key not in self._pooling:
             mask_T = self.routing.context.prompt_mask_T(batch, length)
             mask_BS = torch.ones(batch, length, dtype=torch.bool) if mask_T is None else mask_T.view(batch, length)
             mask_BS = mask_BS.to(device)
-            self._pooling[key] = (mask_BS, None if count is None else window_matrix(mask_BS, count))
+            self._pooling[key] = (mask_BS, None if count is None else Windows(mask_BS, count))
         return self._pooling[key]
 
     def random_actions(self, adapter: str, route: Route) -> list[list[int]]:

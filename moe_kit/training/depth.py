@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kit.depth.calibrate import calibrate_budget
 from moe_kit.depth.fit import FitConfig, fit_end_to_end, fit_forecasters, fit_others, fit_policy, fit_supervised
 from moe_kit.depth.loop import Keeper
 from moe_kit.depth.measure import layer_importance
@@ -46,11 +47,14 @@ __all__ = [
     "open_recipe",
     "run_depth",
     "search_layers",
+    "skip_least_important",
     "train_layers",
 ]
 
 # may differ between a run and its resumption
 _FREE = ("output_dir", "save_steps", "eval_batch_size")
+# batches of a phase that measures and does not train
+_MEASURED = 8
 
 
 def run_depth(
@@ -127,9 +131,9 @@ def _train(
                 on_step(kind, index, loss)
 
         with interruptible() as progress.stopping:
-            history = _run_phase(work, phase, step, progress)
+            result = _run_phase(work, phase, step, progress)
         progress.stopping = None
-        progress.end_phase({"kind": phase.kind, "steps": len(history), "last_loss": history[-1] if history else None})
+        progress.end_phase({"kind": phase.kind, **result})
     results: dict[str, Any] = {"preset": recipe.preset, "seed": recipe.seed, "phases": progress.results}
     results["held_out"] = evaluate_layers(work.model, work.tokenizer, work.held_out, recipe, kept=progress.evaluation)
     save_adapters(work.model, folder)
@@ -168,18 +172,28 @@ def _prepare(recipe: DepthRecipe, folder: Path, resume: bool) -> None:
 
 def _run_phase(
     work: OpenRecipe, phase: PhaseConfig, step: Callable[[int, float], None], progress: Progress
-) -> list[float]:
+) -> dict[str, Any]:
+    """Run one phase; returns what `results.json` says of it."""
     config = settings_of(FitConfig, phase.settings, "phases.settings")
     batches = work.batches(phase.batch_size)
-    if phase.kind == "supervised":
-        return _supervised(work, phase, config, step, progress)
-    if phase.kind == "lora":
-        return fit_others(work.model, batches, config, adapters=[LORA], on_step=step, keeper=progress)
     if phase.kind == "importance":
-        _skip_least_important(work, [next(batches) for _ in range(8)])
-        return []
-    loops: dict[str, Callable] = {"end_to_end": fit_end_to_end, "forecasters": fit_forecasters, "policy": fit_policy}
-    return loops[phase.kind](work.model, batches, config, on_step=step, keeper=progress)
+        return {"skip_layers": skip_least_important(work, [next(batches) for _ in range(_MEASURED)])}
+    if phase.kind == "calibrate":
+        target = find_depth_state(work.model).configs[DEPTH].target_rate
+        budget, saved = calibrate_budget(work.model, [next(batches) for _ in range(_MEASURED)], target)
+        return {"budget": budget, "saved": saved}
+    if phase.kind == "supervised":
+        history = _supervised(work, phase, config, step, progress)
+    elif phase.kind == "lora":
+        history = fit_others(work.model, batches, config, adapters=[LORA], on_step=step, keeper=progress)
+    else:
+        loops: dict[str, Callable] = {
+            "end_to_end": fit_end_to_end,
+            "forecasters": fit_forecasters,
+            "policy": fit_policy,
+        }
+        history = loops[phase.kind](work.model, batches, config, on_step=step, keeper=progress)
+    return {"steps": len(history), "last_loss": history[-1]}
 
 
 def _supervised(work: OpenRecipe, phase: PhaseConfig, config: FitConfig, step: Callable, keeper: Keeper) -> list[float]:
@@ -210,7 +224,16 @@ def _prompts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": batch["input_ids"], "attention_mask": prompt_BS.long()}
 
 
-def _skip_least_important(work: OpenRecipe, batches: list[dict[str, Tensor]]) -> None:
+def skip_least_important(work: OpenRecipe, batches: list[dict[str, Tensor]]) -> list[int]:
+    """Let a static router skip the layers that change their input least, as many as its budget says.
+
+    Args:
+        work: an opened recipe with a fixed router per layer.
+        batches: examples to measure the layers' influence on.
+
+    Returns:
+        The skipped layers.
+    """
     state = find_depth_state(work.model)
     config, units = state.configs[DEPTH], state.units[DEPTH]
     influence = layer_importance(work.model, batches)
@@ -218,3 +241,4 @@ def _skip_least_important(work: OpenRecipe, batches: list[dict[str, Tensor]]) ->
     config.skip_layers = sorted(order[: round(config.budget * len(order))])
     for unit in units.values():
         unit.moe_depth_router[DEPTH].action.fill_(0 if unit.layer in config.skip_layers else 1)
+    return config.skip_layers

@@ -16,7 +16,7 @@ from moe_kit.training.fields import build
 from moe_kit.training.recipe import DataConfig, ModelConfig
 from moe_kit.training.recipe_files import find_config, is_layer_recipe, read_yaml
 
-_KINDS = ("supervised", "end_to_end", "forecasters", "policy", "lora", "importance")
+_KINDS = ("supervised", "end_to_end", "forecasters", "policy", "lora", "importance", "calibrate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class PhaseConfig:
     """One phase of training."""
 
     kind: str
-    """`supervised`, `end_to_end`, `forecasters`, `policy`, `lora` (routers frozen and hard), or `importance` (no
-    training: the least important layers become the static router's)."""
+    """`supervised`, `end_to_end`, `forecasters`, `policy`, `lora` (routers frozen and hard). Without
+    training: `importance` (the least important layers become the static router's) and `calibrate` (the compute knob
+    moves to where `target_rate` of the routed work is saved)."""
 
     batch_size: int = 8
     """Examples in a step."""

@@ -10,7 +10,8 @@ from torch.nn import functional
 from moe_kit import ConfigError, record_routing, replay_routing, routing_inputs, routing_losses
 from moe_kit.depth import LayerRoutingConfig, force_layers, layer_applications, set_budget
 from moe_kit.depth.losses import class_weights, focal_loss
-from moe_kit.depth.routers import ActionRouter, choose, evenly_spaced, pooled_logits, window_matrix
+from moe_kit.depth.routers import ActionRouter, choose, evenly_spaced, pooled_logits
+from moe_kit.depth.windows import Windows, window_matrix
 from tests.depth.families import LAYERS, padded_batch, tiny
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
@@ -51,6 +52,20 @@ def test_windows_are_those_of_the_real_prompt(length, pad, windows, left):
     assert weight[0].tolist() == pytest.approx([1 / count] * count + [0] * (windows - count))
 
 
+@given(length=st.integers(1, 40), count=st.integers(1, 9), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=40, deadline=None)
+def test_windows_without_padding_are_those_with_it(length, count, dtype):
+    x = torch.randn(2, length, 3, dtype=dtype)
+    padded = torch.cat([torch.randn(2, 2, 3, dtype=dtype), x], 1)
+    mask = (torch.arange(length + 2) >= 2).expand(2, -1)
+    views, matrix = Windows(mask[:, 2:], count), Windows(mask, count)
+    used = views.means(x).shape[1]
+    assert used == min(count, length)
+    torch.testing.assert_close(views.means(x), matrix.means(padded)[:, :used], rtol=1e-5, atol=1e-5)
+    logits = torch.randn(2, count, 4)
+    torch.testing.assert_close(views.average(logits[:, :used]), matrix.average(logits), rtol=1e-5, atol=1e-6)
+
+
 def test_logits_are_averaged_not_inputs():
     config = LayerRoutingConfig(windows=2)
     router = ActionRouter(config, 4)
@@ -58,7 +73,7 @@ def test_logits_are_averaged_not_inputs():
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, 4, 4)
     mask = torch.ones(1, 4, dtype=torch.bool)
-    actual = pooled_logits(router, x, mask, "windows", window_matrix(mask, 2))
+    actual = pooled_logits(router, x, mask, "windows", Windows(mask, 2))
     halves = torch.stack([router.scorer(x[:, :2].mean(1)), router.scorer(x[:, 2:].mean(1))])
     torch.testing.assert_close(actual, halves.mean(0))
     assert not torch.allclose(actual, router.scorer(x.mean(1)))
