@@ -207,31 +207,33 @@ def gpu_stages(shape: LoraShape, device: Device) -> dict[str, float]:
     }
 
 
-def decode_seconds(shape: LoraShape, device: Device) -> float:
+def decode_seconds(shape: LoraShape, device: Device, *, looked_up: bool = True) -> float:
     """Model the decode implementation: every pair reads its expert's A and B, nothing is sorted.
 
     Args:
         shape: the call's sizes.
         device: its rates.
+        looked_up: on a host, whether the caller keeps one view for each expert, as linears that decode do.
 
     Returns:
         Seconds.
     """
     parameters = shape.pairs * shape.rank * shape.width * shape.itemsize
     # a matrix-vector call on a slice costs its two views as well
-    calls = 4 + 3 * shape.pairs if device.host_walk else 2
+    calls = 2.0 if not device.host_walk else 4 + 3 * shape.pairs if looked_up else 10 + 3 * shape.pairs
     # one warp a row on a GPU leaves the matrix units idle; L2 gives about twice the memory's rate
     bandwidth = device.bandwidth if device.host_walk else 2 * device.bandwidth
     return parameters / bandwidth + calls * device.call
 
 
-def choose_lora(shape: LoraShape, device: Device, *, training: bool) -> str:
+def choose_lora(shape: LoraShape, device: Device, *, training: bool, looked_up: bool = True) -> str:
     """Choose the implementation of LoRA experts with the least modelled time.
 
     Args:
         shape: the call's sizes.
         device: its rates.
         training: True when a gradient will be asked for; decode has none.
+        looked_up: see `decode_seconds`.
 
     Returns:
         "dense", "sorted" or "decode"; on a GPU also "mixed", sorted down and dense up.
@@ -239,7 +241,7 @@ def choose_lora(shape: LoraShape, device: Device, *, training: bool) -> str:
     modelled = {"dense": dense_seconds, "mixed": mixed_seconds, "sorted": sorted_seconds}
     seconds = {name: model(shape, device) for name, model in modelled.items()}
     if not training:
-        seconds["decode"] = decode_seconds(shape, device)
+        seconds["decode"] = decode_seconds(shape, device, looked_up=looked_up)
     return min(seconds, key=lambda name: seconds[name])
 
 

@@ -105,6 +105,10 @@ def test_cpu_choices(width):
     assert choose_lora(shape(T=1024, E=64, L=64, **sizes), CPU, training=True) == "sorted"
     assert choose_lora(shape(T=1, E=64, L=8, **sizes), CPU, training=False) == "decode"
     assert choose_lora(shape(T=1, E=8, L=8, **sizes), CPU, training=False) == "decode"
+    # a single call looks its experts up first, so that a bank of few numbers is multiplied as a whole
+    one = shape(T=1, E=8, L=8, **sizes)
+    assert choose_lora(one, CPU, training=False, looked_up=False) == ("dense" if width == 576 else "decode")
+    assert choose_lora(shape(T=1, E=64, L=8, **sizes), CPU, training=False, looked_up=False) == "decode"
 
 
 def test_more_work_costs_more():

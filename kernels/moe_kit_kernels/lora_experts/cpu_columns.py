@@ -37,6 +37,11 @@ def _joined(A: Sequence[Tensor]) -> Tensor:
     return A[0].flatten(0, 1) if len(A) == 1 else torch.cat(tuple(A)).flatten(0, 1)
 
 
+def _parts(columns_TC: Tensor, n: int) -> Sequence[Tensor]:
+    """Columns of each projection. `Tensor.split` is a function in Python, which costs as much as a small product."""
+    return (columns_TC,) if n == 1 else columns_TC.chunk(n, dim=1)
+
+
 def _factors(plan: RoutePlan | None, weights: Tensor, expand_EC: Tensor) -> Tensor:
     """[T, n*C] scale * weight, repeated over the rank."""
     if plan is None:
@@ -81,13 +86,39 @@ def add(
         kept = (H_TC if plan is None else H_TC.view(-1, L).index_select(0, cpu.chosen_rows(plan, n)),)
     G_TC = H_TC * factors_TC if keep and plan is None else H_TC.mul_(factors_TC)
     results = []
-    for part_TC, base_TO, b_EOL in zip(G_TC.split(E * L, dim=1), bases, B, strict=True):
+    for part_TC, base_TO, b_EOL in zip(_parts(G_TC, n), bases, B, strict=True):
         Bt_CO = cpu.join_up(b_EOL, x_TD.dtype).t()
         if base_TO is None:
             results.append(torch.mm(part_TC, Bt_CO))
         else:
             results.append(base_TO.addmm_(part_TC, Bt_CO) if owned else torch.addmm(base_TO, part_TC, Bt_CO))
     return results, kept
+
+
+def add_few(
+    gates_TE: Tensor, scale: float, x_TD: Tensor, base_TO: Tensor | None, A_ELD: Tensor, B_EOL: Tensor, *, owned: bool
+) -> Tensor:
+    """`add` for one projection of a few tokens without a backward: as few calls as there can be.
+
+    Args:
+        gates_TE: [T, E] dense weights.
+        scale: factor on the sum.
+        x_TD: [T, D] inputs.
+        base_TO: result so far [T, O]; None counts as zeros.
+        A_ELD: down projections.
+        B_EOL: up projections.
+        owned: write over the base.
+
+    Returns:
+        [T, O].
+    """
+    E, L, D = A_ELD.shape
+    expand_EC = cpu.expansion(E, (L,), scale, x_TD.dtype, x_TD.device)[:E]
+    G_TC = torch.mm(x_TD, A_ELD.reshape(E * L, D).t()).mul_(torch.mm(gates_TE, expand_EC))
+    B_CO = B_EOL.transpose(1, 2).reshape(E * L, -1)
+    if base_TO is None:
+        return torch.mm(G_TC, B_CO)
+    return base_TO.addmm_(G_TC, B_CO) if owned else torch.addmm(base_TO, G_TC, B_CO)
 
 
 def gradients(
@@ -131,7 +162,7 @@ def gradients(
             U_TC = torch.mm(dys[0], cpu.join_up(B[0], x_TD.dtype))
         else:
             U_TC = x_TD.new_empty(T, n * C)
-            for dy_TO, b_EOL, out in zip(dys, B, U_TC.split(C, dim=1), strict=True):
+            for dy_TO, b_EOL, out in zip(dys, B, _parts(U_TC, n), strict=True):
                 torch.mm(dy_TO, cpu.join_up(b_EOL, x_TD.dtype), out=out)
     if kept:
         H_TC = cpu.spread_chosen(tuple(kept), plan, (L,) * n)
@@ -139,14 +170,14 @@ def gradients(
             dweights = cpu.gate_gradient(U_TC, H_TC, expand_EC, plan, weights)
         if any(needs.B):
             G_TC = H_TC * factors_TC if plan is None else H_TC.mul_(factors_TC)
-            for i, (dy_TO, part_TC) in enumerate(zip(dys, G_TC.split(C, dim=1), strict=True)):
+            for i, (dy_TO, part_TC) in enumerate(zip(dys, _parts(G_TC, n), strict=True)):
                 if needs.B[i]:
                     # a view in the layout of a bank that keeps B as [E, L, O]: autograd takes it without a copy
                     dB[i] = torch.mm(part_TC.t(), dy_TO).view(E, L, -1).transpose(1, 2)
     if needs.x or need_A:
         dH_TC = U_TC.mul_(factors_TC)
         if need_A:
-            dA = torch.mm(dH_TC.t(), x_TD).view(n * E, L, D).split(E)
+            dA = torch.mm(dH_TC.t(), x_TD).view(n, E, L, D).unbind()
         if needs.x:
             A_CD = _joined(A)
             dx = torch.mm(dH_TC, A_CD) if dx is None else dx.addmm_(dH_TC, A_CD)

@@ -45,6 +45,38 @@ def resolve_plan(operator: str, T: int, E: int, decision: Decision) -> RoutePlan
     return None if decision.ids_TK is None else route_plan(decision.ids_TK, E)
 
 
+# a list this short is looked through in Python sooner than by a reduction
+_FEW_PAIRS = 64
+
+
+def few_gates(operator: str, T: int, E: int, decision: Decision) -> Tensor | None:
+    """Dense table of the weights of a few tokens, which needs no plan.
+
+    Args:
+        operator: public name, for messages.
+        T: rows of x.
+        E: experts of the bank.
+        decision: the routing.
+
+    Returns:
+        [T, E] in the weights' dtype; None for many pairs, for empty slots, for a routing that is no table of ids, and on
+        a device that would have to be waited for.
+
+    Raises:
+        KernelError: sizes disagree, or the weights are not floating point.
+    """
+    ids_TK, weights = decision.ids_TK, decision.weights
+    if ids_TK is None or decision.plan is not None or not 0 < ids_TK.numel() <= _FEW_PAIRS or not ids_TK.is_cpu:
+        return None
+    check_decision(operator, T, E, decision)
+    if ids_TK.dtype != torch.int64:
+        return None
+    ids = ids_TK.reshape(-1).tolist()
+    if min(ids) < 0 or max(ids) >= E:
+        return None
+    return weights.new_zeros(T, E).scatter_add_(1, ids_TK, weights)
+
+
 def check_decision(operator: str, T: int, E: int, decision: Decision) -> None:
     """Check the sizes of a routing.
 
@@ -72,7 +104,8 @@ def check_decision(operator: str, T: int, E: int, decision: Decision) -> None:
     else:
         if ids.dim() != 2 or ids.shape[0] != T:
             raise fail(operator, "shape of expert_ids_TK", list(ids.shape), f"[{T}, K]", "One row of ids a row of x")
-        check_shape(operator, "weights_TK", weights, tuple(ids.shape), "that of expert_ids_TK")
+        if weights.shape != ids.shape:
+            check_shape(operator, "weights_TK", weights, tuple(ids.shape), "that of expert_ids_TK")
 
 
 def all_experts_plan(T: int, E: int, device: torch.device) -> RoutePlan:

@@ -19,7 +19,7 @@ from moe_kit_kernels.lora_experts import cpu_columns, cpu_linears, cpu_pairs, cp
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
 from moe_kit_kernels.lora_experts.cpu_decode import decode, decode_linears
 from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
-from moe_kit_kernels.lora_experts.decision import Decision, all_experts_plan, check_decision, resolve_plan
+from moe_kit_kernels.lora_experts.decision import Decision, all_experts_plan, check_decision, few_gates, resolve_plan
 from moe_kit_kernels.lora_experts.gpu import check_triton, linear_fuses, run_triton, runs_on_kernels, uses_triton
 from moe_kit_kernels.lora_experts.reference import lora_experts_reference
 
@@ -67,9 +67,8 @@ def run_experts(
     if torch.compiler.is_compiling() and backend != "reference":
         return _traced(operator, backend, decision, scale, x_TD, base_TO, A_ELD, B_EOL)
     if backend == "auto":
-        backend = (
-            "dense" if everyone else _choose(T, weights.numel(), E, L, D, O, x_TD.element_size(), training, x_TD.device)
-        )
+        sizes = (T, weights.numel(), E, L, D, O, x_TD.element_size())
+        backend = "dense" if everyone else _choose(*sizes, training, x_TD.device, False)
     if backend == "decode" and training:
         raise fail(operator, "backend", "'decode' with gradients on", "no gradient", 'Use "auto", or torch.no_grad()')
 
@@ -90,12 +89,16 @@ def run_experts(
     if backend == "decode" and decision.plan is None and decision.ids_TK is not None:
         check_decision(operator, T, E, decision)
         return decode(x_TD, A_ELD, B_EOL, decision.ids_TK.tolist(), weights, scale, base_TO, overwrite_base)
+    if backend == "dense" and not training and cpu_columns.one_dtype(x_TD, weights, base_TO, A_ELD, B_EOL):
+        gates_TE = few_gates(operator, T, E, decision)
+        if gates_TE is not None:
+            return cpu_columns.add_few(gates_TE, scale, x_TD, base_TO, A_ELD, B_EOL, owned=overwrite_base)
+        one = (base_TO,), (A_ELD,), (B_EOL,)
+        plan = resolve_plan(operator, T, E, decision)
+        return cpu_columns.add(plan, scale, x_TD, weights, *one, keep=False, owned=overwrite_base)[0][0]
     plan = resolve_plan(operator, T, E, decision)
     if backend == "dense":
         if cpu_columns.one_dtype(x_TD, weights, base_TO, A_ELD, B_EOL):
-            if not training:
-                one = (base_TO,), (A_ELD,), (B_EOL,)
-                return cpu_columns.add(plan, scale, x_TD, weights, *one, keep=False, owned=overwrite_base)[0][0]
             return cpu_single.DenseLora.apply(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL)
         group = Group(plan, scale, 1, linear=False, overwrite_base=overwrite_base)
         tensors = (base_TO, None, A_ELD, B_EOL)
@@ -196,9 +199,14 @@ def run_linears(
     dtype = autocast_dtype(x_TD.device)
     here = dtype is None and backend in ("dense", "sorted") and not uses_triton(x_TD.device)
     if here and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
+        tensors = [*weights_OD, *biases_O, *A, *B]
+        if backend == "dense" and not torch.is_grad_enabled():
+            gates_TE = few_gates(operator, T, E, decision)
+            plan = None if gates_TE is not None else resolve_plan(operator, T, E, decision)
+            weights = decision.weights if gates_TE is None else gates_TE
+            return tuple(cpu_linears.forward(backend, plan, scale, x_TD, weights, tensors, False)[0])
         plan = resolve_plan(operator, T, E, decision)
         if backend == "dense" or (plan is not None and cpu_pairs.fits(x_TD, weights_OD, A)):
-            tensors = [*weights_OD, *biases_O, *A, *B]
             if torch.is_grad_enabled():
                 return cpu_linears.RoutedLinears.apply(backend, plan, scale, x_TD, decision.weights, *tensors)
             return tuple(cpu_linears.forward(backend, plan, scale, x_TD, decision.weights, tensors, False)[0])
@@ -294,6 +302,17 @@ def chosen_form(x_TD: Tensor, pairs: int, experts: int, rank: int, width: int, *
 
 # at one token the model costs as much as a GEMM; the sizes repeat
 @lru_cache(maxsize=1024)
-def _choose(T: int, P: int, E: int, L: int, D: int, O: int, itemsize: int, training: bool, device: torch.device) -> str:
+def _choose(
+    T: int,
+    P: int,
+    E: int,
+    L: int,
+    D: int,
+    O: int,
+    itemsize: int,
+    training: bool,
+    device: torch.device,
+    looked_up: bool = True,
+) -> str:
     shape = LoraShape(tokens=T, pairs=P, experts=E, rank=L, d_in=D, d_out=O, itemsize=itemsize)
-    return choose_lora(shape, device_of(device), training=training)
+    return choose_lora(shape, device_of(device), training=training, looked_up=looked_up)

@@ -11,7 +11,7 @@ from moe_kit_kernels import (
     route_plan,
     route_plan_pairs,
 )
-from moe_kit_kernels.lora_experts import cpu_sorted
+from moe_kit_kernels.lora_experts import cpu_sorted, decision
 
 from tests.kernels.lora_cases import CASES, compare, make, run
 from tests.tolerances import assert_close
@@ -60,6 +60,40 @@ def test_decode_equals_reference(case):
             assert_close("y", planned, y)
         fresh = base.clone()
         assert lora_experts(*args, base_TO=fresh, overwrite_base=True, backend="decode") is fresh
+
+
+IDS = [
+    None,
+    [[0, -1], [-1, -1], [2, 1], [3, 9]],
+    [[1, 1], [2, 2], [0, 1], [1, 1]],
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+def test_dense_without_a_graph_equals_reference(case, ids, kind, monkeypatch):
+    # a few tokens take a straight line, unless there are empty slots; many go through a plan
+    x, A, B, base, ids, weights = make(**CASES[case]) if ids is None else make(4, 3, 2, 6, 5, 2, ids=torch.tensor(ids))
+    for few in (64, 0):
+        monkeypatch.setattr(decision, "_FEW_PAIRS", few)
+        with torch.no_grad():
+            for b in (None, base):
+                args = (x, A, B, ids.to(kind), weights)
+                y = lora_experts(*args, base_TO=b, backend="dense", scale=0.5)
+                assert_close("y", y, lora_experts(*args, base_TO=b, backend="reference", scale=0.5))
+                # a bank that keeps B as [E, L, O] is not copied
+                args = (x, A, B.transpose(1, 2).contiguous().transpose(1, 2), ids.to(kind), weights)
+                assert_close("y", lora_experts(*args, base_TO=b, backend="dense", scale=0.5), y)
+            fresh = base.clone()
+            assert lora_experts(*args, base_TO=fresh, overwrite_base=True, backend="dense") is fresh
+            w = torch.randn(B.shape[1], x.shape[1], dtype=x.dtype)
+            (y,) = lora_linear_group(x, [w], [None], [A], [B], ids.to(kind), weights, scale=0.5, backend="dense")
+            expected = lora_experts(x, A, B, ids, weights, base_TO=x @ w.t(), scale=0.5, backend="reference")
+            assert_close("y", y, expected)
+            if ids.numel():
+                with pytest.raises(KernelError, match="-1 or more"):
+                    lora_experts(x, A, B, ids - 9, weights, backend="dense")
 
 
 @pytest.mark.parametrize(
