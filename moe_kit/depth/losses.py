@@ -3,7 +3,8 @@ r"""Losses of layer routing: over the decisions of one forward pass, padding exc
     rate        sum_l rho_l, mean over rows                      FiRST: penalty on executed layers
     weight      sum_l ||w_l||^2 of the routers' last maps        FiRST: keeps the routers small
     target      |(1 - s) - mean of executed share|               Informed Routing: reach a rate s of saved work
-    similarity  mean over units of approximated (1 - cos(x, x + F))   Informed Routing: forecast where little changes
+    similarity  mean over layers of sum over units of approximated (1 - cos(x, x + F)), x the unit's input
+                                                     Informed Routing: forecast where little changes
     square      mean_t (sum_l g_l)^2                             FlexiDepth: spread the saving over tokens
     capacity    BCE of the causal predictor against top-k        Mixture-of-Depths
 
@@ -39,6 +40,7 @@ class Trace:
         predicted_NA: float32 [N, 2], the causal predictor's logits (capacity routing).
         log_prob_N: float32 [N], log-probability of a sampled action.
         execute: index of execute in the logits.
+        layer: index of the decoder layer that the unit is, or is part of.
     """
 
     column: int
@@ -51,6 +53,7 @@ class Trace:
     predicted_NA: Tensor | None = None
     log_prob_N: Tensor | None = None
     execute: int = 1
+    layer: int = 0
 
 
 def _mean(value_N: Tensor, mask_N: Tensor | None) -> Tensor:
@@ -76,21 +79,22 @@ def target_rate(traces: Sequence[Trace], target: float) -> Tensor:
 
 
 def square(traces: Sequence[Trace], target: float) -> Tensor:
-    """Mean over tokens of the squared number of executed units, as a share of the squared number of units."""
+    """Mean over tokens of the squared number of executed units."""
     total_N = torch.stack([trace.gate_N for trace in traces]).sum(0)
     return _mean(total_N.square(), traces[0].mask_N)
 
 
 def similarity(traces: Sequence[Trace], target: float) -> Tensor:
-    """Sum over units of the mean dissimilarity of the tokens that are approximated."""
-    terms = []
+    """Mean over layers of the sum over their units of the mean dissimilarity of the tokens that are approximated."""
+    terms, layers = [], set()
     for trace in traces:
         if trace.dissimilarity_N is not None:
             skipped_N = 1 - trace.gate_N
             mask_N = torch.ones_like(skipped_N) if trace.mask_N is None else trace.mask_N.float()
             total = (skipped_N * trace.dissimilarity_N * mask_N).sum()
             terms.append(total / (skipped_N.detach() * mask_N).sum().clamp_min(1))
-    return torch.stack(terms).sum() if terms else traces[0].gate_N.new_zeros(())
+            layers.add(trace.layer)
+    return torch.stack(terms).sum() / len(layers) if terms else traces[0].gate_N.new_zeros(())
 
 
 def capacity(traces: Sequence[Trace], target: float) -> Tensor:

@@ -63,10 +63,11 @@ class Score(nn.Module):
         self.up = None if config.router in ("linear", "capacity") else Affine(width, hidden)
         self.last = Affine(width if self.up is None else hidden, outputs, bias=not (paper and self.up is None))
         self.relu = config.router_activation == "relu"
+        draw = nn.init.kaiming_uniform_ if paper and self.relu else nn.init.xavier_uniform_
         if self.up is not None:
-            nn.init.xavier_uniform_(self.up.weight)
+            draw(self.up.weight)
         if paper:
-            nn.init.xavier_uniform_(self.last.weight)
+            draw(self.last.weight)
         elif self.last.bias is not None:
             with torch.no_grad():
                 self.last.bias[0 if self.sigmoid else self.execute] = EXECUTE_BIAS

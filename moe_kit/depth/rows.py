@@ -106,6 +106,7 @@ def _trace(
         router=router,
         log_prob_N=logits_BA.log_softmax(-1).gather(-1, index_B.to(logits_BA.device)[:, None])[:, 0],
         execute=execute,
+        layer=unit.layer,
     )
     if unit.state.routing.context.is_open:
         unit.state.traces.append(trace)

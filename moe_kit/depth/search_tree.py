@@ -7,7 +7,7 @@ one or two consecutive entries of the path or doubles one layer. A child of node
 
 and selection descends only through nodes whose every edit has been tried, so the root gets all its children before any
 grandchild. A path is scored once for its question (memoised); the score, without length penalty, goes up the tree. The
-label is the best path that scores no worse than the root: shortest, then fewest distinct layers.
+label is the best path that is right and scores no worse than a right root: shortest, then fewest distinct layers.
 
 Source: Dr.LLM, arXiv 2510.12773, section 4 and algorithm 1 (c = 1.8, lambda = 3, epsilon = 0.1, 50 simulations).
 """
@@ -52,6 +52,9 @@ class SearchConfig:
     correct: float = 0.5
     """Score from which an answer counts as right, in (0, 1]."""
 
+    tolerance: float = 0.0
+    """How far below the score of a right root a path may be and still become the label, 0 or more: for graded scorers."""
+
     stop: str = "improved"
     """`improved`: end a tree when a wrong root got a right path, or a right path shorter than the best was found;
     `never`: use every simulation."""
@@ -74,7 +77,7 @@ class SearchConfig:
         for name in ("simulations", "max_skips", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1.")
-        for name in ("exploration", "length_penalty"):
+        for name in ("exploration", "length_penalty", "tolerance"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more.")
         if not 0 <= self.random_child <= 1:
@@ -223,8 +226,11 @@ class Tree:
         self.done = stop or exhausted or self.simulations >= self.config.simulations
 
     def _improves(self, path: Path, score: float) -> bool:
-        """Right where the root was wrong, or right and ahead of the best path so far."""
-        if score < self.config.correct:
+        """Right, no worse than a right root, and ahead of the best path so far."""
+        # a score is kept with four decimals, and so is what it may fall short by
+        root = self.memory[self.root.path]
+        worst = max(self.config.correct, round(root - self.config.tolerance, 4))
+        if score < (worst if root >= self.config.correct else self.config.correct):
             return False
         return self.best is None or _rank(path) < _rank(self.best)
 

@@ -94,7 +94,9 @@ def decide_tokens(unit: DepthUnit, adapter: str, config: LayerRoutingConfig, x_B
     trace = None
     if learning and logits_TA is not None:
         weight_T = logits_TA.softmax(-1)[:, execute] if gate_T is None else gate_T
-        trace = Trace(column, logits_TA, weight_T, mask_T, router, None, target_T, predicted_TA, None, execute)
+        trace = Trace(
+            column, logits_TA, weight_T, mask_T, router, None, target_T, predicted_TA, None, execute, unit.layer
+        )
         if state.routing.context.is_open:
             state.traces.append(trace)
     run_T = action_T == EXECUTE

@@ -86,6 +86,20 @@ def test_stops_where_the_method_says():
     assert hopeless.label()["actions"] == [1] * LAYERS
 
 
+@pytest.mark.parametrize(("tolerance", "layers"), [(0.0, LAYERS), (0.1, LAYERS - 1), (0.4, LAYERS - 2)])
+def test_a_label_is_not_worse_than_a_right_root(tolerance, layers):
+    # a graded scorer: every layer left out costs a tenth, and all of it still counts as right
+    config = SearchConfig(simulations=60, stop="never", correct=0.5, tolerance=tolerance, max_skips=1)
+    label = run(Tree("q", LAYERS, ROUTABLE, config), lambda path: 0.9 - 0.1 * sum(c == 0 for c in path)).label()
+    assert label["kept"]
+    assert label["layers"] <= layers
+    assert label["score"] >= round(0.9 - tolerance, 4)
+    assert (label["layers"] == LAYERS) == (tolerance == 0.0)
+    # a wrong root sets no floor
+    wrong = run(Tree("q", LAYERS, ROUTABLE, config), lambda path: 0.6 if 0 in path else 0.45).label()
+    assert (wrong["score"], wrong["root_score"]) == (0.6, 0.45)
+
+
 def test_finds_a_planted_optimum_that_a_chain_of_random_edits_does_not():
     config = dict(simulations=250, stop="never", correct=0.99, length_penalty=0.3, exploration=0.3)
     found = {"tree": 0, "chain": 0}

@@ -198,6 +198,12 @@ def test_losses_are_what_their_formulas_say():
     assert float(LOSSES["target"](traces, 0.4)) == pytest.approx(abs(0.6 - 0.75))
     assert float(LOSSES["square"](traces, 0.0)) == pytest.approx((4 + 1) / 2)
     assert float(LOSSES["similarity"](traces, 0.0)) == pytest.approx(0.25)
+    # the sum over the two units of a layer, the mean over layers
+    traces[1].dissimilarity_N, traces[1].gate_N = torch.tensor([0.4, 0.2, 9.0]), torch.zeros(3)
+    assert float(LOSSES["similarity"](traces, 0.0)) == pytest.approx(0.25 + 0.3)
+    traces[1].layer = 1
+    assert float(LOSSES["similarity"](traces, 0.0)) == pytest.approx((0.25 + 0.3) / 2)
+    traces[1].gate_N = gates[1]
     torch.nn.init.constant_(router.scorer.last.weight, 0.5)
     assert float(LOSSES["weight"](traces, 0.0)) == pytest.approx(2 * 4 * 0.25)
 
