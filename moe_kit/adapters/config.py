@@ -109,10 +109,12 @@ class RoutedAdapterConfig(PeftConfig):
     )
     num_tasks: int | None = field(default=None, metadata={"help": "Rows of the task table of task-scope routers."})
     expert_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "num_experts for modules whose path matches a regular expression."}
+        default_factory=dict,
+        metadata={"help": "num_experts for modules whose path is, or ends in, a match of a regular expression."},
     )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "r for modules whose path matches a regular expression."}
+        default_factory=dict,
+        metadata={"help": "r for modules whose path is, or ends in, a match of a regular expression."},
     )
 
     expert_layout: list[int] | None = field(
@@ -150,6 +152,12 @@ class RoutedAdapterConfig(PeftConfig):
                 raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 1.")
         for name, patterns in (("num_experts", self.expert_pattern), ("r", self.rank_pattern)):
             for pattern, value in patterns.items():
+                try:
+                    re.compile(f"({pattern})")
+                except re.error as error:
+                    raise ConfigError(
+                        f"the pattern {pattern!r} of {name} is no regular expression: {error}."
+                    ) from error
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                     raise ConfigError(f"{name} for {pattern!r} is {value!r}, expected a whole number of at least 1.")
         if self.expert_layout is not None and (
@@ -323,7 +331,7 @@ def layout_pattern(model: nn.Module, layout: list[int]) -> dict[str, int]:
     for layer in range(count):
         parts.setdefault(layer * len(layout) // count, []).append(layer)
     leaf = re.escape(path.rpartition(".")[2])
-    return {rf"{leaf}\.({'|'.join(map(str, layers))})": layout[part] for part, layers in parts.items()}
+    return {rf"{leaf}\.({'|'.join(map(str, layers))})\..*": layout[part] for part, layers in parts.items()}
 
 
 def suggestion(name: str, known: set[str] | list[str]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -79,7 +80,8 @@ def read_lora(folder: str | Path) -> ExternalLoRA:
         path = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
         if B is None or B.shape[1] != A.shape[0]:
             raise CheckpointError(f"{folder}: {path} has no lora_B that fits its lora_A.")
-        alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+        alphas = config.get("alpha_pattern") or {}
+        alpha = alphas.get(get_pattern_key(alphas, path), config["lora_alpha"])
         rank = A.shape[0]
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         factors[path] = (A.float(), B.float() * scale)
@@ -87,13 +89,6 @@ def read_lora(folder: str | Path) -> ExternalLoRA:
     if extra or not factors:
         raise CheckpointError(f"{folder} holds tensors that are no LoRA of a linear: {', '.join(extra[:3]) or 'none'}.")
     return ExternalLoRA(folder.name, factors)
-
-
-def _pattern(patterns: dict[str, float] | None, path: str, default: float) -> float:
-    for name, value in (patterns or {}).items():
-        if path == name or path.endswith("." + name):
-            return value
-    return default
 
 
 def read_adapters(config: RoutedAdapterConfig) -> list[ExternalLoRA]:

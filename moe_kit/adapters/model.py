@@ -19,7 +19,15 @@ from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.external import fill_experts, read_adapters
 from moe_kit.adapters.layer import RoutedLayer
-from moe_kit.adapters.targets import ALL_LINEAR, all_linears, describe, expert_parameters, nothing_matched
+from moe_kit.adapters.targets import (
+    ALL_LINEAR,
+    all_linears,
+    check_patterns,
+    describe,
+    expert_parameters,
+    is_linear,
+    nothing_matched,
+)
 from moe_kit.errors import CheckpointError, ConfigError, RoutingError
 from moe_kit.hf.delivery import announce
 from moe_kit.hf.hooks import attach, detach
@@ -78,15 +86,31 @@ class RoutedAdapterModel(BaseTuner):
                     # PEFT compares patterns with linears only, and would call those of experts ignored
                     warnings.filterwarnings("ignore", "The following rank_pattern keys")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except NoMatchingPeftModuleError as error:
+        except (NoMatchingPeftModuleError, ConfigError) as error:
             if not _is_routed(model):
                 detach(model)
+            if isinstance(error, ConfigError):
+                raise
             raise nothing_matched(model, config) from error
         state.balances_globally = config.balance_scope == "global"
         if config.losses:
             announce(model)
         if imported:
             fill_experts(model, adapter_name, config, imported)
+
+    def _prepare_model(self, peft_config: RoutedAdapterConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        if not (peft_config.expert_pattern or peft_config.rank_pattern):
+            return
+        # PEFT has filled in its default targets, and has not changed the model yet
+        linears = [
+            path
+            for path, module in model.named_modules()
+            if path and is_linear(module) and self._check_target_module_exists(peft_config, path)
+        ]
+        # where nothing is adapted at all, that is what will be said
+        if linears or peft_config.target_parameters:
+            check_patterns(model, linears, peft_config)
 
     def _check_balance_scope(self, config: RoutedAdapterConfig, adapter_name: str) -> None:
         for name, other in self.peft_config.items():

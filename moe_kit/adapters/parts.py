@@ -7,11 +7,11 @@ small part and one line here, never a new layer.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from moe_kit.adapters.config import RoutedAdapterConfig, suggestion
@@ -214,9 +214,11 @@ def sizes_of(config: RoutedAdapterConfig, path: str, width_in: int, width_out: i
         width_in: D.
         width_out: O.
     """
-    experts = _matched(config.expert_pattern, path, config.num_experts)
+    # PEFT's own rule, so that a pattern means here what it means for a LoRA
+    experts = config.expert_pattern.get(get_pattern_key(config.expert_pattern, path), config.num_experts)
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
     groups = config.bank_options.get("heads", 1) if config.bank == "split_head" else 1
-    return Sizes(width_in, width_out, experts, _matched(config.rank_pattern, path, config.r), groups)
+    return Sizes(width_in, width_out, experts, rank, groups)
 
 
 def build_bank(config: RoutedAdapterConfig, sizes: Sizes) -> Bank:
@@ -261,13 +263,6 @@ def _loss(config: RoutedAdapterConfig, name: str) -> BalanceLoss:
         return replace(loss, **config.loss_options[name])
     except TypeError as error:
         raise ConfigError(f"loss_options do not fit the loss {name!r}: {error}.") from error
-
-
-def _matched(patterns: dict[str, int], path: str, default: int) -> int:
-    for pattern, value in patterns.items():
-        if re.search(rf"(^|\.){pattern}$", path) or re.search(rf"(^|\.){pattern}(\.|$)", path):
-            return value
-    return default
 
 
 def _named(table: Mapping[str, T], field: str, name: str) -> T:

@@ -14,12 +14,13 @@ from itertools import pairwise
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moe_kit.adapters.base_experts import AdaptedExperts
-from moe_kit.adapters.config import RoutedAdapterConfig, suggestion
+from moe_kit.adapters.config import RoutedAdapterConfig, layout_pattern, suggestion
 from moe_kit.errors import ConfigError
 from moe_kit.hf.experts import stacked_weights
 
@@ -171,6 +172,33 @@ def nothing_matched(model: nn.Module, config: RoutedAdapterConfig) -> ConfigErro
         f"target_modules = {targets!r} matches no linear of this {type(model).__name__}{where}."
         f"{hint if 'mean' in hint else ''} Its linears: {', '.join(names) or 'none'}."
     )
+
+
+def check_patterns(model: nn.Module, linears: list[str], config: RoutedAdapterConfig) -> None:
+    """Refuse patterns that no adapted module matches: the user meant something by them.
+
+    Args:
+        model: the inner model.
+        linears: paths of the linears that the configuration adapts.
+        config: its `expert_pattern` and `rank_pattern` are compared as PEFT does; what `expert_layout` added may match
+            none, where only some layers are adapted. The ranks of `target_parameters` count too.
+
+    Raises:
+        ConfigError: naming the pattern, and the modules there are.
+    """
+    added = layout_pattern(model, config.expert_layout) if config.expert_layout else {}
+    given = [pattern for pattern in config.expert_pattern if pattern not in added]
+    ranked = [*linears, *(config.target_parameters or ())]
+    for field, patterns, paths in (("expert_pattern", given, linears), ("rank_pattern", config.rank_pattern, ranked)):
+        for pattern in patterns:
+            if any(get_pattern_key([pattern], path) == pattern for path in paths):
+                continue
+            hint = suggestion(pattern.rpartition(".")[2], sorted({path.rpartition(".")[2] for path in paths}))
+            raise ConfigError(
+                f"{field} has {pattern!r}, which matches no module that is adapted.{hint if 'mean' in hint else ''} It is a "
+                "regular expression for the end of a path, or for the whole of it: 'layers.0.*' is a layer. Adapted: "
+                f"{describe(paths) or 'none'}."
+            )
 
 
 def _heads(model: nn.Module) -> set[str]:

@@ -1,8 +1,10 @@
 """Wrong input gives a typed error that says what is wrong; empty input gives finite results."""
 
+import warnings
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
 from moe_kit import RoutedAdapterConfig, record_routing, replay_routing, routing_inputs, routing_losses
@@ -44,6 +46,7 @@ def wrapped(preset="mixture_of_lora", **more):
         ({"scope": "task", "score": "task_table"}, "num_tasks is not set"),
         ({"scope": "task", "score": "task_table", "num_tasks": 0}, "num_tasks is 0"),
         ({"num_expert": 4}, "Did you mean 'num_experts'"),
+        ({"rank_pattern": {"q_proj(": 2}}, "no regular expression"),
     ],
 )
 def test_configurations_are_checked_when_made(values, match):
@@ -66,6 +69,11 @@ def test_configurations_are_checked_when_made(values, match):
         ({"select": "expert_choice", "causal_leak": "allow", "select_options": {"threshold": "mean"}}, "'mean'"),
         ({"target_modules": ["no_such_linear"]}, "no_such_linear"),
         ({"expert_layout": [2, 2, 2]}, "3 parts but the model 2 layers"),
+        ({"rank_pattern": {"qproj": 3}}, "rank_pattern has 'qproj', .* Did you mean 'q_proj'"),
+        ({"expert_pattern": {"layers.0": 3}}, "expert_pattern has 'layers.0', .* 'layers.0.\\*' is a layer"),
+        ({"expert_pattern": {"q_proj": 3, "embed_tokens": 3}}, "embed_tokens"),
+        ({"rank_pattern": {"q_proj": 3}, "target_modules": ["v_proj"]}, "which matches no module that is adapted"),
+        ({"rank_pattern": {"q_proj": 3}, "target_modules": ["no_such_linear"]}, "matches no linear"),
     ],
 )
 def test_parts_are_checked_when_the_model_is_wrapped(values, match):
@@ -73,16 +81,49 @@ def test_parts_are_checked_when_the_model_is_wrapped(values, match):
         wrapped(**values)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["q|v_proj", "q_proj|v_proj", r"layers\.0\..*", r".*\.0\.self_attn\.q_proj", "proj"]
+)
+def test_patterns_mean_what_they_mean_for_a_lora(pattern):
+    """Ranks at every linear are those of PEFT's LoRA with the same pattern."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules="all-linear", rank_pattern={pattern: 5}))
+    expected = {
+        name.removesuffix(".lora_A.default"): module.out_features
+        for name, module in lora.base_model.model.named_modules()
+        if name.endswith("lora_A.default")
+    }
+    if 5 not in expected.values():
+        with pytest.raises(ConfigError, match="matches no module"):
+            wrapped(rank_pattern={pattern: 5})
+        return
+    ours = wrapped(rank_pattern={pattern: 5}, expert_pattern={pattern: 3}, router_sharing="none").base_model.model
+    found = {name: module for name, module in ours.named_modules() if hasattr(module, "moe_adapter_bank")}
+    assert {name: module.moe_adapter_bank["skills_a"].rank for name, module in found.items()} == expected
+    for name, module in found.items():
+        assert module.moe_adapter_bank["skills_a"].num_experts == (3 if expected[name] == 5 else 4)
+
+
+def test_a_layout_may_name_layers_that_are_not_adapted():
+    model = wrapped(expert_layout=[2, 4], layers_to_transform=[1])
+    banks = [m.moe_adapter_bank["skills_a"] for m in model.modules() if hasattr(m, "moe_adapter_bank")]
+    assert {bank.num_experts for bank in banks} == {4}
+
+
 def test_unknown_presets_name_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean 'hydralora'"):
         RoutedAdapterConfig.from_preset("hydra_lora")
 
 
-def test_a_refused_adapter_leaves_no_trace():
+@pytest.mark.parametrize(
+    "refused", [config("expert_choice"), config(rank_pattern={"qproj": 3})], ids=["expert choice", "pattern"]
+)
+def test_a_refused_adapter_leaves_no_trace(refused):
     model = tiny_llama()
     keys = set(model.state_dict())
     with pytest.raises(ConfigError):
-        get_peft_model(model, config("expert_choice"))
+        get_peft_model(model, refused)
     assert set(model.state_dict()) == keys
     assert not model._forward_hooks
     assert not model._forward_pre_hooks

@@ -24,6 +24,14 @@ LORAS = {
         "rank_pattern": {"q_proj": 4},
         "alpha_pattern": {"q_proj": 9},
     },
+    # PEFT reads the keys as regular expressions for the end of a path
+    "expressions": {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+        "rank_pattern": {r"layers\.1\..*": 3},
+        "alpha_pattern": {r".*\.0\.self_attn\.q_proj": 40, "k_proj|v_proj": 20},
+    },
 }
 
 
@@ -45,13 +53,13 @@ def test_each_expert_is_its_lora(folders):
     model = wrapped(folders)
     for expert, folder in enumerate(folders):
         expected = PeftModel.from_pretrained(tiny_llama(), folder).eval()(input_ids=IDS).logits
-        weights = torch.zeros(1, 3)
+        weights = torch.zeros(1, len(LORAS))
         weights[0, expert] = 1
         with force_experts(model, weights_BE=weights):
             assert_close(folder, model(input_ids=IDS).logits, expected)
     config = model.peft_config["library"]
     assert config.expert_names == list(LORAS)
-    assert (config.num_experts, config.r) == (3, 5)
+    assert (config.num_experts, config.r) == (len(LORAS), 5)
 
 
 def test_frozen_by_default_and_trainable_on_request(folders):
