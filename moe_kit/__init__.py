@@ -31,6 +31,7 @@ _LAZY = {
     "load_adapters": "moe_kit.hf.saving",
     "save_adapters": "moe_kit.hf.saving",
     "RoutedTrainer": "moe_kit.training.trainer",
+    "RoutingMetricsCallback": "moe_kit.training.routing_log",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingError",
+    "RoutingMetricsCallback",
     "TrainingError",
     "force_experts",
     "load_adapters",

@@ -31,6 +31,7 @@ from moe_kit.training.rloo import (
     sample_of,
     token_losses,
 )
+from moe_kit.training.routing_log import logged_routing
 from moe_kit.training.variance import credit_variance
 
 ADAPTER_GRADIENTS = ("one", "mean")
@@ -68,23 +69,28 @@ def param_groups(model: nn.Module, lr: float, router_lr: float | None = None, we
     Args:
         model: a model with adapters; parameters that are not trained are left out.
         lr: learning rate of everything else.
-        router_lr: learning rate of the routers; None = each adapter's `router_lr`, else `lr`.
+        router_lr: learning rate of all routers; None = each adapter's own `router_lr`, or `lr` where it has none.
         weight_decay: decay of the adapters; routers get none, since decay pulls their scores together.
 
     Returns:
-        One or two groups for any torch optimizer; pass it as `optimizers=(AdamW(param_groups(...)), None)`.
+        Groups for any torch optimizer: everything else, then one for each learning rate of routers. Pass them as
+        `optimizers=(AdamW(param_groups(...)), None)`.
     """
-    if router_lr is None:
-        configs = getattr(model, "peft_config", {})
-        router_lr = next((c.router_lr for c in configs.values() if getattr(c, "router_lr", None)), None)
-    routers: list[nn.Parameter] = []
+    configs = getattr(model, "peft_config", {})
+    own = {name: getattr(config, "router_lr", None) for name, config in configs.items()}
+    routers: dict[float, list[nn.Parameter]] = {}
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (routers if ".moe_adapter_router." in name else others).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        _, is_router, rest = name.partition(".moe_adapter_router.")
+        if not is_router:
+            others.append(parameter)
+            continue
+        rate = own.get(rest.partition(".")[0]) if router_lr is None else router_lr
+        routers.setdefault(lr if rate is None else rate, []).append(parameter)
     groups = [{"params": others, "lr": lr, "weight_decay": weight_decay}]
-    if routers:
-        groups.append({"params": routers, "lr": router_lr or lr, "weight_decay": 0.0})
+    groups += [{"params": params, "lr": rate, "weight_decay": 0.0} for rate, params in routers.items()]
     return [group for group in groups if group["params"]]
 
 
@@ -122,7 +128,7 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
         """
         model = self.model if model is None else model
         configs = getattr(model, "peft_config", {})
-        has_router_lr = any(getattr(config, "router_lr", None) for config in configs.values())
+        has_router_lr = any(getattr(config, "router_lr", None) is not None for config in configs.values())
         if self.optimizer is None and has_router_lr:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             groups = param_groups(model, self.args.learning_rate, weight_decay=self.args.weight_decay)
@@ -256,19 +262,22 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
         self._policy_batches += 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the policy's own figures beside the loss, averaged over the micro-batches since the last line.
+        """Log, with figures on the routers beside the loss.
+
+        The policy's are averaged over the micro-batches since the last line; how the routers spread their choices
+        (`routing_...`, see `moe_kit.training.routing_log`) is that of the last one.
 
         Args:
             logs: values to log.
             *args: as for the stock Trainer.
             **kwargs: as for the stock Trainer.
         """
-        if self._policy_metrics and "loss" in logs:
-            logs = {
-                **logs,
-                **{name: float(value) / self._policy_batches for name, value in self._policy_metrics.items()},
-            }
+        if "loss" in logs:
+            policy = {name: float(value) / self._policy_batches for name, value in self._policy_metrics.items()}
             self._policy_metrics, self._policy_batches = {}, 0
+            logs = {**logs, **policy}
+            if self.is_world_process_zero() and find_routing_state(self.model) is not None:
+                logs.update(logged_routing(self.model))
         super().log(logs, *args, **kwargs)
 
 

@@ -261,6 +261,26 @@ def test_router_learning_rate(tmp_path):
     assert [group["lr"] for group in param_groups(model, 1e-3, 2e-3)] == [1e-3, 2e-3]
 
 
+def test_each_adapter_has_its_own_router_learning_rate():
+    model = remix_model(router_lr=0.5)
+    for name, rate in (("second", 0.25), ("third", None), ("fourth", 0.5), ("frozen", 0.0)):
+        sizes = dict(num_experts=2, top_k=1, r=2, target_modules=["down_proj"], layers_to_transform=[0])
+        model.add_adapter(name, RoutedAdapterConfig.from_preset("remix", router_lr=rate, **sizes))
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    rates = {id(p): group["lr"] for group in param_groups(model, 1e-3) for p in group["params"]}
+    expected = {"policy": 0.5, "second": 0.25, "third": 1e-3, "fourth": 0.5, "frozen": 0.0}
+    seen = set()
+    for name, parameter in model.named_parameters():
+        adapter = name.partition(".moe_adapter_router.")[2].partition(".")[0]
+        assert rates[id(parameter)] == expected.get(adapter, 1e-3), name
+        seen.add(adapter)
+    assert seen == {"", *expected}
+    # one rate given is for all of them, zero included
+    assert [group["lr"] for group in param_groups(model, 1e-3, 2e-3)] == [1e-3, 2e-3]
+    assert [group["lr"] for group in param_groups(model, 1e-3, 0.0)] == [1e-3, 0.0]
+
+
 def test_to_go_needs_token_decisions():
     model = remix_model(scope="sequence")
     batch = batch_of()
