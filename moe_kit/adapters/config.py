@@ -103,7 +103,9 @@ class RoutedAdapterConfig(PeftConfig):
         default=None, metadata={"help": "Optimizer steps after which the router stays as it is; None = never."}
     )
     freeze_experts: bool = field(default=False, metadata={"help": "Keep the experts as they are; train the router."})
-    freeze_router: bool = field(default=False, metadata={"help": "Keep the router as it is; train only the experts."})
+    freeze_router: bool = field(
+        default=False, metadata={"help": "Keep the router, its biases and thresholds as they are."}
+    )
     router_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the router in moe_kit's trainer; None = the adapters' own."}
     )

@@ -248,6 +248,7 @@ def build_router(config: RoutedAdapterConfig, sizes: Sizes) -> Router:
         detach_input=config.detach_router_input,
         stepper=stepper,
         freeze_after=config.router_freeze_after,
+        frozen=config.freeze_router,
     )
 
 

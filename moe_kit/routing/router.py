@@ -44,6 +44,7 @@ class Router(nn.Module):
         detach_input: no gradient to `x`: a policy router is trained by its own estimator alone.
         stepper: state that shifts the scores used for the choice, or the losses, and moves once an optimizer step.
         freeze_after: optimizer steps after which score and selection stay as they are; None = never.
+        frozen: they stay as they are from the start, whatever moves once a step included.
 
     Attributes:
         site: name under which decisions are recorded and replayed; set by whoever owns the router.
@@ -65,6 +66,7 @@ class Router(nn.Module):
         detach_input: bool = False,
         stepper: StepState | None = None,
         freeze_after: int | None = None,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -72,10 +74,11 @@ class Router(nn.Module):
         # not named `score`: PEFT takes any module whose name ends so for a classifier's head, and saves a copy of it
         self.scorer, self.select, self.stepper = score, select, stepper
         self.losses = dict(losses or {})
-        self.detach_input = detach_input
+        self.detach_input, self.frozen = detach_input, frozen
         self.freeze = None
         if freeze_after is not None:
-            self.freeze = FreezeSchedule(freeze_after, [score, select])
+            # NOTE: registered behind the states that it puts back, since they move in this order
+            self.freeze = FreezeSchedule(freeze_after, [score, select, *([stepper] if _shifts_choice(stepper) else [])])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # logits, thresholds and balance biases stay float32 when a model is cast: bfloat16 loses a step of 1e-3
@@ -92,6 +95,15 @@ class Router(nn.Module):
         """True if the choice is sampled and only a policy gradient trains this router."""
         # of the class: a missing attribute of a module costs microseconds
         return hasattr(type(self.select), "log_prob")
+
+    @property
+    def is_frozen(self) -> bool:
+        """True if score and selection stay as they are, so that their balance state must stay as well.
+
+        Either somebody said so, or there are parameters and none of them is trained (an adapter loaded for inference).
+        """
+        trained = [value.requires_grad for value in self.parameters()]
+        return self.frozen or (bool(trained) and not any(trained))
 
     def coefficient(self, name: str) -> Tensor | float:
         """Coefficient of an auxiliary loss, as its schedule or controller has it now.
@@ -179,8 +191,9 @@ class Router(nn.Module):
         context.routings[self.site] = routing
         if context.is_open:
             context.registered.append((self.site, routing, self))
-            if self.training:
-                for state in self._step_states:
+            states = self._step_states if self.training else []
+            if states and not self.is_frozen:
+                for state in states:
                     state.observe(routing)
         return routing
 
@@ -341,6 +354,11 @@ class Router(nn.Module):
             mask_N=decisions.mask_N,
             **stored,
         )
+
+
+def _shifts_choice(stepper: StepState | None) -> bool:
+    """Whether a state takes part in the choice, as a balance bias does; others steer coefficients of losses."""
+    return stepper is not None and type(stepper).choice_scores is not StepState.choice_scores
 
 
 def as_rows(x: Tensor, context: RoutingContext) -> Tensor:

@@ -9,9 +9,10 @@ Hs the mean normalised entropy of single decisions and Hc that of the mean decis
 The switch is a one-way latch: it falls when a moving average of Hs has stayed at or above a threshold for a number of
 steps in a row, or at a cap. The ramp grows from 0, so the loss has no jump.
 
-Freezing: after a number of steps the router's parameters stay bit-constant while the experts train on (theory of
-mixtures in continual learning, arXiv 2406.16437, shows that routers must stop). Values are restored after each
-optimizer step, which works with every optimizer, weight decay and DDP, where switching `requires_grad` does not.
+Freezing: after a number of steps the router's parameters, balance biases and thresholds stay bit-constant while the
+experts train on (theory of mixtures in continual learning, arXiv 2406.16437, shows that routers must stop). Values are
+restored after each optimizer step, which works with every optimizer, weight decay and DDP, where switching
+`requires_grad` does not, and needs no wait for the device.
 """
 
 from __future__ import annotations
@@ -110,11 +111,12 @@ class TwoStageEntropy(StepState):
 
 
 class FreezeSchedule(StepState):
-    """Keeps the parameters of some modules as they are after a number of optimizer steps.
+    """Keeps some modules as they are after a number of optimizer steps: parameters, and what moves once a step.
 
     Args:
         after: steps that still train them; 0 never moves them.
-        parts: modules whose parameters freeze; not registered here, since they have an owner.
+        parts: modules that freeze; not registered here, since they have an owner. Step states among them must be updated
+            before this one.
 
     Attributes:
         steps: float32 buffer [], saved; the frozen values themselves are the saved parameters.
@@ -131,20 +133,24 @@ class FreezeSchedule(StepState):
         self.kept: list[Tensor] | None = None
         self.register_buffer("steps", torch.zeros(()))
 
-    def _parameters_held(self) -> list[nn.Parameter]:
-        return [value for part in self.parts for value in part.parameters()]
+    def _held(self) -> list[Tensor]:
+        modules = [module for part in self.parts for module in part.modules()]
+        moving = [value for module in modules if isinstance(module, StepState) for value in module.buffers()]
+        return [*(value for part in self.parts for value in part.parameters()), *moving]
 
     def measure(self, routing: Routing) -> Tensor:
         """One, and a copy of the values before the first step."""
         if self.kept is None:
-            self.kept = [value.detach().clone() for value in self._parameters_held()]
+            self.kept = [value.detach().clone() for value in self._held()]
         return self.steps.new_ones(1)
 
     def update(self, total: Tensor) -> None:
         """Follow the values until frozen, put them back afterwards; no wait for the device."""
-        assert self.kept is not None
+        if self.kept is None:
+            # this router has not run yet: other sites have
+            return
         self.steps += 1
         frozen = self.steps > self.after
-        for kept, value in zip(self.kept, self._parameters_held()):
+        for kept, value in zip(self.kept, self._held(), strict=True):
             kept.copy_(torch.where(frozen, kept, value))
             value.copy_(kept)

@@ -95,3 +95,68 @@ def test_a_router_freezes_under_the_stock_trainer(tmp_path):
     for name, value in model.named_parameters():
         if name in before:
             assert torch.equal(value, before[name]) == ("router" in name), name
+
+
+MOVING = {
+    "loss_free": {},
+    "loss_free/quantile": {"stepper_options": {"rule": "quantile", "bins": 50}},
+    "expert_choice": {"select_options": {"threshold": "ema"}},
+    "flylora": {},
+}
+
+
+def moving_values(model):
+    """Every value that the choice of experts depends on: parameters, biases, thresholds."""
+    return {
+        name: value.clone()
+        for name, value in [*model.named_parameters(), *model.named_buffers()]
+        if "router" in name and not name.endswith("freeze.steps")
+    }
+
+
+@pytest.mark.parametrize("freeze", [{"freeze_router": True}, {"router_freeze_after": 0}], ids=str)
+@pytest.mark.parametrize("case", MOVING)
+def test_what_moves_once_a_step_freezes_with_the_router(case, freeze, tmp_path):
+    model = wrapped(case.split("/")[0], **MOVING[case], **freeze)
+    before = moving_values(model)
+    train(model, tmp_path)
+    after = moving_values(model)
+    assert before
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    banks = [value for name, value in model.named_parameters() if "bank" in name and name.endswith(".B")]
+    assert all(value.any() for value in banks), "the experts train on"
+    # and without freezing they do move
+    model = wrapped(case.split("/")[0], **MOVING[case])
+    before = moving_values(model)
+    train(model, tmp_path)
+    assert any(not torch.equal(before[name], value) for name, value in moving_values(model).items() if value.dim() == 1)
+
+
+def test_a_router_moves_until_it_freezes(tmp_path):
+    biases = []
+    for after in (1, 2, None):
+        (bias, *_) = [
+            s.bias.clone() for s in steppers(train(wrapped("loss_free", router_freeze_after=after), tmp_path))
+        ]
+        biases.append(bias)
+    assert all(bias.any() for bias in biases)
+    assert float(biases[0].abs().max()) == pytest.approx(1e-3), "one step of the sign rule"
+    assert not torch.equal(biases[1], biases[2])
+
+
+def test_an_adapter_for_inference_keeps_its_biases(tmp_path):
+    """It runs beside another one that trains."""
+    saved = wrapped("loss_free", target_modules=["q_proj"])
+    saved.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter", adapter_name="old")
+    config = RoutedAdapterConfig.from_preset("loss_free", num_experts=4, top_k=2, r=2, target_modules=["q_proj"])
+    model.add_adapter("new", config)
+    model.base_model.set_adapter(["old", "new"])
+    for name, value in model.named_parameters():
+        value.requires_grad_(".new." in name)
+    train(model, tmp_path)
+    routers = {m.site: m.stepper for m in model.modules() if isinstance(m, Router)}
+    assert {site.rpartition(".")[2]: bool(stepper.bias.any()) for site, stepper in routers.items()} == {
+        "old": False,
+        "new": True,
+    }
