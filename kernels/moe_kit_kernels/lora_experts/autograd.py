@@ -40,6 +40,11 @@ class Group:
     """The caller owns the base results and lets them be overwritten."""
 
 
+def _gate_dtype(weights: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which H is weighed: float32 at least, and as wide as H."""
+    return torch.promote_types(weights.dtype, torch.promote_types(dtype, torch.float32))
+
+
 def dense_forward(
     group: Group, x_TD: Tensor, weights: Tensor, tensors: Sequence[Tensor | None], *, keep: bool
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -64,7 +69,7 @@ def dense_forward(
     kept = cpu.keep_chosen(H_TC, group.plan, ranks) if keep else ()
     if kept and kept[0] is H_TC:
         H_TC = H_TC.clone()
-    expand_EC = cpu.expansion(E, ranks, group.scale, torch.promote_types(weights.dtype, torch.float32), x_TD.device)
+    expand_EC = cpu.expansion(E, ranks, group.scale, _gate_dtype(weights, dtype), x_TD.device)
     G_TC = cpu.weigh(H_TC, cpu.gates(group.plan, weights).to(expand_EC.dtype), expand_EC)
 
     results = []
@@ -127,9 +132,9 @@ def dense_backward(
     ranks = tuple(a.shape[1] for a in A)
     E, C = A[0].shape[0], A[0].shape[0] * sum(ranks)
     columns = [E * rank for rank in ranks]
-    gate_dtype = torch.promote_types(weights.dtype, torch.float32)
+    gate_dtype = _gate_dtype(weights, dtype)
     expand_EC = cpu.expansion(E, ranks, group.scale, gate_dtype, x_TD.device)
-    factors_TC = (gates_TE1 := cpu.gates(plan, weights).to(gate_dtype)) @ expand_EC[: gates_TE1.shape[1]]
+    factors_TC = cpu.gates(plan, weights).to(gate_dtype) @ expand_EC[:E]
     dycs = [dy.to(dtype) for dy in dys]
 
     dx = dweights = None

@@ -10,8 +10,9 @@ G = [T, E] the dense gates and X = [E, E*L] ones on the block diagonal (times `s
     U  = dy B               dw = rowsum of U * Hd per expert     (gate gradient in rank space, never O wide)
     dH = U * M              dA = dH^T x,   dB = dy^T (Hd * M),   dx = dy W + dH A
 
-Expansion by a tiny GEMM with X costs a fifth of a broadcast multiply over rows of L = 8 numbers. The last row of X is
-zero and belongs to dropped pairs, so empty slots need no masking anywhere. Kept for the backward is only H of the
+Expansion by a tiny GEMM with X costs a fifth of a broadcast multiply over rows of L = 8 numbers. Weights of dropped pairs
+are summed in a column of their own that G leaves out, and the gates' gradient has a zero column for them: empty slots need
+no masking anywhere. Kept for the backward is only H of the
 chosen experts [P, L], gathered before it is weighed; the backward scatters it back (repeated ids write equal values).
 
 Several projections that read one x (q, k, v) share the GEMMs of A: columns are projection-major, then expert, then rank.
@@ -61,11 +62,11 @@ def gates(plan: RoutePlan | None, weights: Tensor) -> Tensor:
         weights: [P], [T, K], or [T, E] without a plan.
 
     Returns:
-        [T, E + 1] with the sum of dropped pairs' weights last, or [T, E] without a plan.
+        [T, E]. The weights of dropped pairs are not in it: they may be anything, NaN too.
     """
     if plan is None:
         return weights
-    return plan.gates_TE1(weights)
+    return plan.dense_TE(weights)
 
 
 def chosen_rows(plan: RoutePlan, projections: int) -> Tensor:
@@ -84,9 +85,9 @@ def chosen_rows(plan: RoutePlan, projections: int) -> Tensor:
         # the last row of a token's first projection stands in for dropped pairs
         expert_P = plan.expert_P.clamp(max=E - 1)
         if plan.slots is not None:
-            first_P = (expert_P.view(-1, plan.slots) + _row_starts(plan.num_tokens, projections * E, plan.device)).view(
-                -1
-            )
+            first_P = (
+                expert_P.view(plan.num_tokens, plan.slots) + _row_starts(plan.num_tokens, projections * E, plan.device)
+            ).view(-1)
         else:
             first_P = plan.token_P * (projections * E) + expert_P
         if projections > 1:
@@ -176,18 +177,18 @@ def join_up(B_EOL: Tensor, dtype: torch.dtype) -> Tensor:
     return B_EOL.to(dtype).permute(1, 0, 2).reshape(O, E * L)
 
 
-def weigh(columns_TC: Tensor, gates_TE1: Tensor, expand_EC: Tensor) -> Tensor:
+def weigh(columns_TC: Tensor, gates_TE: Tensor, expand_EC: Tensor) -> Tensor:
     """Multiply columns by scale * weight, in place when the dtype is that of the gates.
 
     Args:
         columns_TC: [T, C]; overwritten when it has the gates' dtype.
-        gates_TE1: the table of `gates`.
+        gates_TE: the table of `gates`.
         expand_EC: the matrix of `expansion`.
 
     Returns:
         [T, C] in the columns' dtype; the product is taken in the gates' dtype.
     """
-    factors_TC = gates_TE1 @ expand_EC[: gates_TE1.shape[1]]
+    factors_TC = gates_TE @ expand_EC[: gates_TE.shape[1]]
     if columns_TC.dtype == factors_TC.dtype:
         return columns_TC.mul_(factors_TC)
     return factors_TC.mul_(columns_TC).to(columns_TC.dtype)
@@ -211,5 +212,5 @@ def gate_gradient(U_TC: Tensor, H_TC: Tensor, expand_EC: Tensor, plan: RoutePlan
         return product_TC @ expand_EC[:-1].t()
     table_TE1 = product_TC @ expand_EC.t()
     if plan.slots is not None:
-        return table_TE1.gather(1, plan.expert_P.view(-1, plan.slots)).view_as(weights)
+        return table_TE1.gather(1, plan.expert_P.view(plan.num_tokens, plan.slots)).view_as(weights)
     return table_TE1.view(-1).index_select(0, plan.gate_index_P).view_as(weights)

@@ -44,9 +44,7 @@ def _parts(columns_TC: Tensor, n: int) -> Sequence[Tensor]:
 
 def _factors(plan: RoutePlan | None, weights: Tensor, expand_EC: Tensor) -> Tensor:
     """[T, n*C] scale * weight, repeated over the rank."""
-    if plan is None:
-        return torch.mm(weights, expand_EC[:-1])
-    return torch.mm(plan.gates_TE1(weights), expand_EC)
+    return torch.mm(cpu.gates(plan, weights), expand_EC[:-1])
 
 
 def add(

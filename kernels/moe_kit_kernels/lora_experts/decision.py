@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import check_shape, fail
-from moe_kit_kernels.route_plan import RoutePlan, route_plan
+from moe_kit_kernels.route_plan import RoutePlan, check_ids, check_plan_device, route_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,16 @@ def check_decision(operator: str, T: int, E: int, decision: Decision) -> None:
         decision: the routing.
 
     Raises:
-        KernelError: sizes disagree, or the weights are not floating point.
+        KernelError: sizes disagree, the ids are no integers, the weights are not floating point, or the plan lives on
+            another device than the weights.
     """
     ids, weights, plan = decision.ids_TK, decision.weights, decision.plan
+    if ids is not None:
+        check_ids(operator, ids)
     if not weights.is_floating_point():
         raise fail(operator, "dtype of the weights", weights.dtype, "float32", "Convert them: weights.float()")
     if plan is not None:
+        check_plan_device(operator, weights.device, plan)
         if plan.num_tokens != T or plan.num_experts != E:
             got = f"for {plan.num_tokens} tokens and {plan.num_experts} experts"
             raise fail(operator, "the plan", got, f"{T} tokens and {E} experts", "Build the plan from this routing")

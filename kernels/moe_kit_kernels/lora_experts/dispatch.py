@@ -7,20 +7,19 @@ Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, 
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import fail
-from moe_kit_kernels.cost_model import LoraShape, choose_lora, device_of
 from moe_kit_kernels.lora_experts import cpu_columns, cpu_linears, cpu_pairs, cpu_single, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
+from moe_kit_kernels.lora_experts.choice import choose, chosen_form, for_kernels, of_pairs, on_kernels
 from moe_kit_kernels.lora_experts.cpu_decode import decode, decode_linears
 from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
 from moe_kit_kernels.lora_experts.decision import Decision, all_experts_plan, check_decision, few_gates, resolve_plan
-from moe_kit_kernels.lora_experts.gpu import check_triton, linear_fuses, run_triton, runs_on_kernels, uses_triton
+from moe_kit_kernels.lora_experts.gpu import linear_fuses, run_triton, uses_triton
 from moe_kit_kernels.lora_experts.reference import lora_experts_reference
 
 
@@ -60,29 +59,31 @@ def run_experts(
     training = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x_TD, A_ELD, B_EOL, weights, base_TO)
     )
-    if backend == "triton":
-        check_triton(operator, decision.plan, x_TD)
-        backend = "auto"
+    insisted = backend == "triton"
+    if insisted:
+        decision, backend = for_kernels(operator, T, E, decision, x_TD), "auto"
     everyone = decision.ids_TK is None and decision.plan is None
     if torch.compiler.is_compiling() and backend != "reference":
         return _traced(operator, backend, decision, scale, x_TD, base_TO, A_ELD, B_EOL)
     if backend == "auto":
         sizes = (T, weights.numel(), E, L, D, O, x_TD.element_size())
-        backend = "dense" if everyone else _choose(*sizes, training, x_TD.device, False)
+        backend = "dense" if everyone else choose(*sizes, training or of_pairs(decision), x_TD.device, False)
     if backend == "decode" and training:
         raise fail(operator, "backend", "'decode' with gradients on", "no gradient", 'Use "auto", or torch.no_grad()')
 
     dtype = autocast_dtype(x_TD.device)
     if dtype is not None and backend != "reference":
         x_TD, A_ELD, B_EOL = cast_all([x_TD, A_ELD, B_EOL], dtype)
+        backend = "triton" if insisted else backend
         with no_autocast(x_TD.device):
             return run_experts(
                 operator, backend, decision, scale, x_TD, base_TO, A_ELD, B_EOL, overwrite_base=overwrite_base
             )
 
     if backend != "reference" and uses_triton(x_TD.device):
-        if runs_on_kernels(decision.plan, x_TD):
-            plan = resolve_plan(operator, T, E, decision) or all_experts_plan(T, E, x_TD.device)
+        if on_kernels(decision, x_TD):
+            plan = resolve_plan(operator, T, E, decision)
+            assert plan is not None
             return run_triton(backend, plan, scale, x_TD, weights, base_TO, A_ELD, B_EOL)
         # plain GEMMs, which run on every device and in every dtype
         backend = "dense"
@@ -109,10 +110,9 @@ def run_experts(
     if backend == "reference":
         return lora_experts_reference(x_TD, A_ELD, B_EOL, plan, weights, scale=scale, base_TO=base_TO)
     if backend == "decode":
-        slots = plan.num_pairs if plan.slots is None else plan.slots
         if plan.slots is None:
             raise fail(operator, "backend", "'decode' with free pairs", "a [T, K] table", 'Use backend="auto"')
-        ids = plan.expert_P.view(T, slots).tolist()
+        ids = plan.expert_P.view(T, plan.slots).tolist()
         return decode(x_TD, A_ELD, B_EOL, ids, weights, scale, base_TO, overwrite_base)
     return SortedLora.apply(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL)
 
@@ -172,9 +172,9 @@ def run_linears(
         KernelError: sizes of the routing disagree, ids below -1, or decode with gradients.
     """
     (T, D), E = x_TD.shape, A[0].shape[0]
-    if backend == "triton":
-        check_triton(operator, decision.plan, x_TD)
-        backend = "auto"
+    insisted = backend == "triton"
+    if insisted:
+        decision, backend = for_kernels(operator, T, E, decision, x_TD), "auto"
     everyone = decision.ids_TK is None and decision.plan is None
     compiling = torch.compiler.is_compiling()
     if compiling and backend != "reference":
@@ -186,14 +186,13 @@ def run_linears(
         )
     if backend == "auto":
         rank, width = max(a.shape[1] for a in A), sum(w.shape[0] for w in weights_OD)
-        training = torch.is_grad_enabled()
-        pairs = decision.weights.numel()
-        backend = (
-            "dense" if everyone else _choose(T, pairs, E, rank, D, width, x_TD.element_size(), training, x_TD.device)
-        )
+        forward_only = not torch.is_grad_enabled() and not of_pairs(decision)
+        sizes = (T, decision.weights.numel(), E, rank, D, width, x_TD.element_size())
+        backend = "dense" if everyone else choose(*sizes, not forward_only, x_TD.device)
     if backend == "decode" and decision.ids_TK is not None and not compiling:
         plain = not torch.is_grad_enabled() and not uses_triton(x_TD.device) and autocast_dtype(x_TD.device) is None
         if plain and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
+            check_decision(operator, T, E, decision)
             ids, weights = decision.ids_TK.tolist(), decision.weights.tolist()
             return tuple(decode_linears(x_TD, weights_OD, biases_O, A, B, ids, weights, scale))
     dtype = autocast_dtype(x_TD.device)
@@ -210,11 +209,18 @@ def run_linears(
             if torch.is_grad_enabled():
                 return cpu_linears.RoutedLinears.apply(backend, plan, scale, x_TD, decision.weights, *tensors)
             return tuple(cpu_linears.forward(backend, plan, scale, x_TD, decision.weights, tensors, False)[0])
-    if backend != "dense":
+    fuses = False
+    if backend == "dense" and uses_triton(x_TD.device):
+        plan = resolve_plan(operator, T, E, decision)
+        fuses = on_kernels(decision, x_TD) and linear_fuses(plan, A, dtype)
+        if not everyone:
+            decision = Decision(None, decision.weights, plan)
+    if backend != "dense" or (insisted and not fuses):
         # the base product stays the vendor's; the experts are added into it
         if decision.plan is None and not everyone and backend != "decode":
             decision = Decision(None, decision.weights, resolve_plan(operator, T, E, decision))
         results = []
+        backend = "triton" if insisted else backend
         for w, bias, a, b in zip(weights_OD, biases_O, A, B, strict=True):
             base_TO = torch.nn.functional.linear(x_TD, w, bias)
             fresh = backend != "reference"
@@ -222,7 +228,7 @@ def run_linears(
         return tuple(results)
 
     plan = resolve_plan(operator, T, E, decision)
-    if uses_triton(x_TD.device) and runs_on_kernels(plan, x_TD) and linear_fuses(plan, A, dtype):
+    if fuses:
         from moe_kit_kernels.lora_experts.triton_autograd import TritonLora
 
         parts = zip(weights_OD, biases_O, A, B, strict=True)
@@ -280,39 +286,3 @@ def run_gated_linears(
     if not training:
         return cpu_linears.gated_forward(how, k, scale, x_TD, router_ED, tensors)
     return cpu_linears.GatedLinears.apply(how, k, scale, x_TD, router_ED, *tensors)
-
-
-def chosen_form(x_TD: Tensor, pairs: int, experts: int, rank: int, width: int, *, training: bool) -> str:
-    """What "auto" runs for sizes.
-
-    Args:
-        x_TD: [T, D] inputs.
-        pairs: P.
-        experts: E.
-        rank: L.
-        width: O, of all projections together.
-        training: a gradient will be asked for.
-
-    Returns:
-        "dense", "sorted" or "decode".
-    """
-    (T, D), size = x_TD.shape, x_TD.element_size()
-    return _choose(T, pairs, experts, rank, D, width, size, training, x_TD.device)
-
-
-# at one token the model costs as much as a GEMM; the sizes repeat
-@lru_cache(maxsize=1024)
-def _choose(
-    T: int,
-    P: int,
-    E: int,
-    L: int,
-    D: int,
-    O: int,
-    itemsize: int,
-    training: bool,
-    device: torch.device,
-    looked_up: bool = True,
-) -> str:
-    shape = LoraShape(tokens=T, pairs=P, experts=E, rank=L, d_in=D, d_out=O, itemsize=itemsize)
-    return choose_lora(shape, device_of(device), training=training, looked_up=looked_up)

@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_kit_kernels.lora_experts import plain_halves
-from moe_kit_kernels.lora_experts.gpu import runs_on_kernels, uses_triton
-from moe_kit_kernels.lora_experts.plain_halves import kept_pairs
+from moe_kit_kernels.lora_experts.choice import on_kernels
+from moe_kit_kernels.lora_experts.decision import Decision
+from moe_kit_kernels.lora_experts.plain_halves import dropped_pairs
 from moe_kit_kernels.route_plan import RoutePlan
 
 
 def _order(backend: str, plan: RoutePlan, x: Tensor, rank: int, d_in: int, d_out: int) -> str | None:
     """Return the order of the kernels, or None where plain PyTorch runs."""
-    if not (uses_triton(x.device) and runs_on_kernels(plan, x)):
+    if not on_kernels(Decision(None, x, plan), x):
         return None
     if backend == "dense":
         return "dense"
@@ -140,7 +141,7 @@ def down_traced(x_TD: Tensor, A_ELD: Tensor, plan: RoutePlan) -> Tensor:
         H_PL = H_TC.view(T, E, L).gather(1, index).reshape(T * plan.slots, L)
     else:
         H_PL = H_TC.view(T * E, L).index_select(0, plan.token_P * E + expert_P)
-    return H_PL * kept_pairs(plan, dtype)
+    return H_PL.masked_fill(dropped_pairs(plan), 0)
 
 
 def up_traced(
@@ -162,7 +163,10 @@ def up_traced(
     E, O, L = B_EOL.shape
     T = plan.num_tokens
     dtype = torch.promote_types(H_PL.dtype, B_EOL.dtype)
-    G_PL = (H_PL * (weights.reshape(-1, 1) * kept_pairs(plan, weights.dtype) * scale)).to(dtype)
+    # masked before and after: the product passes 0 * NaN on to the gradients
+    dropped_P1 = dropped_pairs(plan)
+    factor_P1 = (weights.reshape(-1, 1) * scale).masked_fill(dropped_P1, 0)
+    G_PL = (H_PL.masked_fill(dropped_P1, 0) * factor_P1).to(dtype)
     expert_P = plan.expert_P.clamp(max=E - 1)
     if plan.slots is not None:
         index = expert_P.view(T, plan.slots, 1).expand(T, plan.slots, L)

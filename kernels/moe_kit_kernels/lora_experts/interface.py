@@ -13,11 +13,11 @@ from torch import Tensor
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape, fail
 from moe_kit_kernels.lora_experts import halves
+from moe_kit_kernels.lora_experts.choice import check_kernels
 from moe_kit_kernels.lora_experts.decision import Decision, check_decision
 from moe_kit_kernels.lora_experts.dispatch import run_experts
-from moe_kit_kernels.lora_experts.gpu import check_triton
 from moe_kit_kernels.lora_experts.reference import lora_down_reference, lora_up_reference
-from moe_kit_kernels.route_plan import RoutePlan
+from moe_kit_kernels.route_plan import RoutePlan, check_plan_device
 
 BACKENDS = ("auto", "dense", "sorted", "decode", "triton", "reference")
 HALF_BACKENDS = ("auto", "dense", "triton", "reference")
@@ -129,7 +129,7 @@ def lora_experts(
 def _check_triton(operator: str, backend: str, plan: RoutePlan, x: Tensor) -> None:
     """A half in a trace is plain operations, which the compiler fuses with what the caller does in between."""
     if backend == "triton":
-        check_triton(operator, plan, x)
+        check_kernels(operator, plan.slots, plan, x)
         if torch.compiler.is_compiling():
             got = "'triton' inside torch.compile"
             raise fail(operator, "backend", got, "an eager call", 'Pass backend="auto", or compile lora_experts')
@@ -162,6 +162,7 @@ def lora_down(
         check_float(name, "A_ELD", a, 3)
         check_shape(name, "A_ELD", a, (plan.num_experts, None, x_TD.shape[1]), "[E, L, D] with E of the plan, D of x")
         check_device(name, x_TD.device, A_ELD=a)
+    check_plan_device(name, x_TD.device, plan)
     if x_TD.shape[0] != plan.num_tokens:
         raise fail(name, "rows of x", x_TD.shape[0], f"{plan.num_tokens}", "Build the plan from this routing")
     _check_triton(name, backend, plan, x_TD)

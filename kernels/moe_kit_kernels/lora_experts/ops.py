@@ -17,8 +17,9 @@ from torch.utils.flop_counter import register_flop_formula
 from moe_kit_kernels.common.autocast import no_autocast
 from moe_kit_kernels.cost_model import CPU, LoraShape, choose_lora
 from moe_kit_kernels.lora_experts.autograd import Group, dense_backward, dense_forward
+from moe_kit_kernels.lora_experts.choice import on_kernels
 from moe_kit_kernels.lora_experts.cpu_sorted import sorted_backward, sorted_forward
-from moe_kit_kernels.lora_experts.gpu import runs_on_kernels, uses_triton
+from moe_kit_kernels.lora_experts.decision import Decision
 from moe_kit_kernels.route_plan import RoutePlan, route_plan, route_plan_pairs
 
 
@@ -39,11 +40,9 @@ def _implementation(backend: str, ids: Tensor | None, x_TD: Tensor, B_EOL: Tenso
     return choose_lora(shape, CPU, training=True)
 
 
-def _order(
-    backend: str, ids: Tensor | None, token_P: Tensor | None, plan: RoutePlan | None, x_TD: Tensor, B_EOL: Tensor
-) -> str | None:
+def _order(backend: str, plan: RoutePlan | None, x_TD: Tensor, B_EOL: Tensor) -> str | None:
     """Return the order of the Triton kernels, or None where plain PyTorch runs."""
-    if ids is None or token_P is not None or not (uses_triton(x_TD.device) and runs_on_kernels(plan, x_TD)):
+    if plan is None or not on_kernels(Decision(None, x_TD, plan), x_TD):
         return None
     if backend in ("dense", "sorted"):
         return backend
@@ -51,7 +50,6 @@ def _order(
     from moe_kit_kernels.lora_experts import triton_halves
 
     _, O, L = B_EOL.shape
-    assert plan is not None
     return triton_halves.choose(plan, L, x_TD.shape[1], O, x_TD.element_size(), x_TD.device)
 
 
@@ -85,7 +83,7 @@ def lora_experts_op(
     """
     T, (E, _, L) = x_TD.shape[0], B_EOL.shape
     plan = _plan(ids, token_P, T, E)
-    how = _order(backend, ids, token_P, plan, x_TD, B_EOL)
+    how = _order(backend, plan, x_TD, B_EOL)
     with no_autocast(x_TD.device):
         if how is not None:
             from moe_kit_kernels.lora_experts import triton_halves
@@ -155,7 +153,7 @@ def lora_experts_backward_op(
     T, (E, _, L) = x_TD.shape[0], B_EOL.shape
     plan = _plan(ids, token_P, T, E)
     need_x, need_A, need_B, need_weights = needs
-    how = _order(backend, ids, token_P, plan, x_TD, B_EOL)
+    how = _order(backend, plan, x_TD, B_EOL)
     if how is not None:
         from moe_kit_kernels.lora_experts import triton_halves
 

@@ -26,17 +26,16 @@ def _gather(columns_TC: Tensor, plan: RoutePlan, L: int) -> Tensor:
     return columns_TC.reshape(-1, L).index_select(0, cpu.chosen_rows(plan, 1))
 
 
-def kept_pairs(plan: RoutePlan, dtype: torch.dtype) -> Tensor:
-    """Return ones for pairs, zeros for dropped ones.
+def dropped_pairs(plan: RoutePlan) -> Tensor:
+    """Tell which pairs were dropped; what they hold is masked, not multiplied by 0: it may be NaN.
 
     Args:
         plan: The routing.
-        dtype: Of the result.
 
     Returns:
-        [P, 1].
+        [P, 1] bool.
     """
-    return (plan.expert_P < plan.num_experts).to(dtype)[:, None]
+    return (plan.expert_P == plan.num_experts)[:, None]
 
 
 def down(x_TD: Tensor, A: Sequence[Tensor], plan: RoutePlan) -> list[Tensor]:
@@ -52,9 +51,9 @@ def down(x_TD: Tensor, A: Sequence[Tensor], plan: RoutePlan) -> list[Tensor]:
     """
     dtype = torch.promote_types(x_TD.dtype, A[0].dtype)
     H_TC = x_TD.to(dtype) @ cpu.join_down(list(A), dtype).t()
-    kept_P1 = kept_pairs(plan, dtype)
+    dropped_P1 = dropped_pairs(plan)
     parts = H_TC.split([a.shape[0] * a.shape[1] for a in A], dim=1)
-    return [_gather(part, plan, a.shape[1]).mul_(kept_P1) for part, a in zip(parts, A, strict=True)]
+    return [_gather(part, plan, a.shape[1]).masked_fill_(dropped_P1, 0) for part, a in zip(parts, A, strict=True)]
 
 
 def down_backward(
@@ -74,8 +73,8 @@ def down_backward(
         dx [T, D] and one dA [E, L_i, D] a stack; None where not wanted.
     """
     dtype = dHs[0].dtype
-    kept_P1 = kept_pairs(plan, dtype)
-    parts = [_spread_sum(dH_PL * kept_P1, plan) for dH_PL in dHs]
+    dropped_P1 = dropped_pairs(plan)
+    parts = [_spread_sum(dH_PL.masked_fill(dropped_P1, 0), plan) for dH_PL in dHs]
     dH_TC = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     dx = (dH_TC @ cpu.join_down(list(A), dtype)).to(x_TD.dtype) if need_x else None
     dA: list[Tensor | None] = [None] * len(A)
@@ -101,8 +100,8 @@ def up(H_PL: Tensor, B_EOL: Tensor, plan: RoutePlan, weights: Tensor, scale: flo
         [T, O] in the dtype of the base, else of H.
     """
     dtype = torch.promote_types(H_PL.dtype, B_EOL.dtype)
-    factor_P1 = weights.reshape(-1, 1) * kept_pairs(plan, weights.dtype) * scale
-    G_TC = _spread_sum((H_PL * factor_P1).to(dtype), plan)
+    factor_P1 = weights.reshape(-1, 1) * scale
+    G_TC = _spread_sum((H_PL * factor_P1).masked_fill_(dropped_pairs(plan), 0).to(dtype), plan)
     Bt_CO = cpu.join_up(B_EOL, dtype).t()
     if base_TO is None:
         return (G_TC @ Bt_CO).to(H_PL.dtype)
@@ -141,16 +140,16 @@ def up_backward(
     E, O, L = B_EOL.shape
     dtype = torch.promote_types(H_PL.dtype, B_EOL.dtype)
     dyc_TO = dy_TO.to(dtype)
-    kept_P1 = kept_pairs(plan, weights.dtype)
-    factor_P1 = weights.reshape(-1, 1) * kept_P1 * scale
+    dropped_P1 = dropped_pairs(plan)
+    factor_P1 = weights.reshape(-1, 1) * scale
     dH = dB = dweights = None
     if need_H or need_weights:
         U_PL = _gather(dyc_TO @ cpu.join_up(B_EOL, dtype), plan, L).to(factor_P1.dtype)
         if need_weights:
-            dweights = ((U_PL * H_PL).sum(-1, keepdim=True) * kept_P1 * scale).view_as(weights)
+            dweights = (U_PL * H_PL).sum(-1, keepdim=True).mul_(scale).masked_fill_(dropped_P1, 0).view_as(weights)
         if need_H:
-            dH = U_PL.mul_(factor_P1).to(H_PL.dtype)
+            dH = U_PL.mul_(factor_P1).masked_fill_(dropped_P1, 0).to(H_PL.dtype)
     if need_B:
-        G_TC = _spread_sum((H_PL * factor_P1).to(dtype), plan)
+        G_TC = _spread_sum((H_PL * factor_P1).masked_fill_(dropped_P1, 0).to(dtype), plan)
         dB = (dyc_TO.t() @ G_TC).view(O, E, L).permute(1, 0, 2).to(B_EOL.dtype).contiguous()
     return dH, dB, dweights

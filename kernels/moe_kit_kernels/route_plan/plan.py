@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.cached import cached
-from moe_kit_kernels.common.checks import fail
+from moe_kit_kernels.common.checks import check_device, fail
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +167,39 @@ class RoutePlan:
         return flat.scatter_add_(0, self.gate_index_P, weights_P.reshape(-1)).view(-1, width)
 
 
+def check_plan_device(operator: str, device: torch.device, plan: RoutePlan) -> None:
+    """Check that a plan lives where the other arguments do.
+
+    Args:
+        operator: public name, for messages.
+        device: the device of the first argument.
+        plan: the routing.
+
+    Raises:
+        KernelError: its index tensors live elsewhere.
+    """
+    if plan.expert_P.device != device:
+        got, fix = plan.expert_P.device, f"Build the plan from ids on {device}"
+        raise fail(operator, "device of the plan", got, f"{device}", fix)
+
+
+def check_ids(operator: str, ids: Tensor) -> None:
+    """Check the dtype of expert ids.
+
+    Args:
+        operator: public name, for messages.
+        ids: the ids, of any shape.
+
+    Raises:
+        KernelError: not an integer dtype.
+    """
+    # one comparison where decoding passes by
+    if ids.dtype is torch.int64:
+        return
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool:
+        raise fail(operator, "dtype of the expert ids", ids.dtype, "an integer dtype", "Convert them: ids.long()")
+
+
 def _bounds(ids: Tensor) -> tuple[int, int]:
     """Smallest and largest id; a short list is faster in Python than a reduction."""
     if ids.numel() <= 64:
@@ -178,8 +211,7 @@ def _bounds(ids: Tensor) -> tuple[int, int]:
 
 def _clean_ids(operator: str, ids: Tensor, num_experts: int) -> Tensor:
     """Check ids and map dropped ones to E; where reading values costs no wait, ids in range are taken as they are."""
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise fail(operator, "dtype of the expert ids", ids.dtype, "an integer dtype", "Convert them: ids.long()")
+    check_ids(operator, ids)
     if num_experts < 1:
         raise fail(operator, "num_experts", num_experts, "at least 1", "Pass the size of the expert bank")
     ids = ids.to(torch.int64)
@@ -230,13 +262,15 @@ def route_plan_pairs(token_P: Tensor, expert_P: Tensor, num_tokens: int, num_exp
         The plan, with `slots` None; pairs keep their given order.
 
     Raises:
-        KernelError: not two 1-D integer tensors of one length; num_experts < 1; an expert id below -1 (CPU only).
+        KernelError: not two 1-D integer tensors of one length on one device; num_experts < 1; an expert id below -1
+            (CPU only).
     """
     if token_P.dim() != 1 or token_P.shape != expert_P.shape:
         got = f"{list(token_P.shape)} and {list(expert_P.shape)}"
         raise fail("route_plan_pairs", "shapes of token_P, expert_P", got, "[P] and [P]", "Flatten the pairs")
-    if token_P.is_floating_point():
+    if token_P.is_floating_point() or token_P.is_complex() or token_P.dtype == torch.bool:
         raise fail("route_plan_pairs", "dtype of token_P", token_P.dtype, "an integer dtype", "Convert it")
+    check_device("route_plan_pairs", token_P.device, expert_P=expert_P)
     expert_P = _clean_ids("route_plan_pairs", expert_P, num_experts)
     token_P = token_P.to(torch.int64)
     outside = (token_P < 0) | (token_P >= num_tokens)
