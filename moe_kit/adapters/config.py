@@ -16,6 +16,7 @@ from torch import nn
 
 from moe_kit.errors import ConfigError
 from moe_kit.hf.adapter_files import check_adapter_folder
+from moe_kit.hf.fields import names_unknown_fields
 from moe_kit.hf.model_card import complete_card
 from moe_kit.hf.registration import add_peft_type
 from moe_kit.hf.sharing import SHARING
@@ -23,6 +24,7 @@ from moe_kit.hf.sharing import SHARING
 PEFT_TYPE = add_peft_type("MOE_ADAPTER")
 
 
+@names_unknown_fields
 @dataclass
 class RoutedAdapterConfig(PeftConfig):
     """Configuration of a mixture of adapters with a router, for `peft.get_peft_model`.
@@ -63,7 +65,10 @@ class RoutedAdapterConfig(PeftConfig):
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input, in [0, 1)."})
     bank: str = field(default="lora", metadata={"help": "Kind of experts."})
     bank_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further arguments of the bank."})
-    scope: str = field(default="token", metadata={"help": "What one decision is about: token, sequence or task."})
+    scope: str = field(
+        default="token",
+        metadata={"help": "What one decision is about: token, sequence, request (a batch row) or task."},
+    )
     scope_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further arguments of the scope."})
     score: str = field(default="linear", metadata={"help": "How experts are scored."})
     score_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Further arguments of the score."})
@@ -168,7 +173,7 @@ class RoutedAdapterConfig(PeftConfig):
             raise ConfigError(f"expert_layout is {self.expert_layout!r}, expected whole numbers of at least 1.")
         # a layout gives every layer a count; patterns win where they match
         smallest = min([*(self.expert_layout or [self.num_experts]), *self.expert_pattern.values()])
-        if self.select in ("top_k", "sample_k", "capacity", "expert_choice") and self.top_k > smallest:
+        if self.select in ("top_k", "sample_k", "capacity", "expert_choice", "positive") and self.top_k > smallest:
             raise ConfigError(
                 f"top_k is {self.top_k} but a module has only {smallest} experts: lower top_k, or raise num_experts, "
                 "expert_layout or expert_pattern."

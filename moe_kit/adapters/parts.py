@@ -6,7 +6,10 @@ small part and one line here, never a new layer.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -94,19 +97,31 @@ SCOPES: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Scope]] = {
     "token": lambda config, sizes: TokenScope(**config.scope_options),
     "sequence": lambda config, sizes: SequenceScope(**config.scope_options),
     "request": lambda config, sizes: RequestScope(**config.scope_options),
-    "task": lambda config, sizes: TaskScope(config.num_tasks),
+    "task": lambda config, sizes: TaskScope(config.num_tasks, **config.scope_options),
 }
 SCORES: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], nn.Module]] = {
     "linear": lambda config, sizes: LinearScore(sizes.width_in, sizes.slots, **config.score_options),
     "noisy_linear": lambda config, sizes: NoisyLinearScore(sizes.width_in, sizes.slots, **config.score_options),
     "mlp": lambda config, sizes: MLPScore(sizes.width_in, sizes.slots, **config.score_options),
     "prototype": lambda config, sizes: PrototypeScore(sizes.width_in, sizes.slots, **config.score_options),
-    "frozen_sparse": lambda config, sizes: FrozenSparseScore(
-        sizes.width_in, sizes.slots, **{"density": min(1.0, config.top_k / sizes.slots), **config.score_options}
-    ),
+    "frozen_sparse": lambda config, sizes: _projection(config, sizes),
+    # the surveys' word: an expert's score is its own projection A x of the input as it is
+    "identity": lambda config, sizes: _projection(config, sizes),
     "task_table": lambda config, sizes: TaskTableScore(config.num_tasks, sizes.slots, **config.score_options),
     "uniform": lambda config, sizes: UniformScore(sizes.slots, **config.score_options),
 }
+
+
+def _projection(config: RoutedAdapterConfig, sizes: Sizes) -> nn.Module:
+    """The frozen A of rank-one experts, as dense as FlyLoRA has it unless told otherwise."""
+    options = {"density": min(1.0, config.top_k / sizes.slots), **config.score_options}
+    return FrozenSparseScore(sizes.width_in, sizes.slots, **options)
+
+
+def _top_k(config: RoutedAdapterConfig, sizes: Sizes) -> nn.Module:
+    select = SelectTopK(config.top_k, **config.select_options)
+    select.check(sizes.slots)
+    return select
 
 
 def _expert_choice(config: RoutedAdapterConfig, sizes: Sizes) -> nn.Module:
@@ -121,7 +136,7 @@ def _expert_choice(config: RoutedAdapterConfig, sizes: Sizes) -> nn.Module:
 
 SELECTIONS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], nn.Module]] = {
     "all": lambda config, sizes: SelectAll(**config.select_options),
-    "top_k": lambda config, sizes: SelectTopK(config.top_k, **config.select_options),
+    "top_k": _top_k,
     "sample_k": lambda config, sizes: SelectSampleK(config.top_k, **config.select_options),
     "top_p": lambda config, sizes: SelectTopP(**config.select_options),
     "positive": lambda config, sizes: SelectPositive(**config.select_options),
@@ -141,10 +156,12 @@ WEIGHTS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Weight]] = {
     "relaxed_bernoulli": lambda config, sizes: RelaxedBernoulliWeight(groups=sizes.groups, **config.weight_options),
     "straight_through": lambda config, sizes: StraightThroughWeight(**config.weight_options),
     "dense_mixer": lambda config, sizes: DenseMixerWeight(**config.weight_options),
-    "indicator": lambda config, sizes: ConstantWeight(1.0),
-    "mean": lambda config, sizes: ConstantWeight(1.0 / sizes.num_experts),
+    "indicator": lambda config, sizes: ConstantWeight(1.0, **config.weight_options),
+    "mean": lambda config, sizes: ConstantWeight(1.0 / sizes.num_experts, **config.weight_options),
     "constant": lambda config, sizes: ConstantWeight(**config.weight_options),
-    "remix": lambda config, sizes: ConstantWeight(remix_weight(config.top_k, sizes.rank, config.use_rslora)),
+    "remix": lambda config, sizes: ConstantWeight(
+        remix_weight(config.top_k, sizes.rank, config.use_rslora), **config.weight_options
+    ),
     "raw": lambda config, sizes: RawWeight(**config.weight_options),
 }
 BANKS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Bank]] = {
@@ -263,7 +280,7 @@ def _loss(config: RoutedAdapterConfig, name: str) -> BalanceLoss:
     try:
         return replace(loss, **config.loss_options[name])
     except TypeError as error:
-        raise ConfigError(f"loss_options do not fit the loss {name!r}: {error}.") from error
+        raise ConfigError(f"loss_options do not fit the loss {name!r}: {error}.{_nearest_option(error)}") from error
 
 
 def _named(table: Mapping[str, T], field: str, name: str) -> T:
@@ -277,4 +294,33 @@ def _build(table: Mapping[str, Builder], field: str, name: str, config: RoutedAd
     try:
         return builder(config, sizes)
     except TypeError as error:
-        raise ConfigError(f"{field}_options do not fit {field} = {name!r}: {error}.") from error
+        raise ConfigError(f"{field}_options do not fit {field} = {name!r}: {error}.{_nearest_option(error)}") from error
+
+
+# arguments that a builder gives by itself
+_GIVEN = {
+    "self",
+    "k",
+    "width",
+    "width_in",
+    "width_out",
+    "num_experts",
+    "num_tasks",
+    "rank",
+    "skills",
+    "scale",
+    "dropout",
+}
+
+
+def _nearest_option(error: TypeError) -> str:
+    """A sentence about the options there are, if the error is Python's about an argument that does not exist."""
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    part = None if match is None else globals().get(match[1])
+    if match is None or part is None:
+        return ""
+    if dataclasses.is_dataclass(part):
+        known = {field.name for field in dataclasses.fields(part)}
+    else:
+        known = set(inspect.signature(part.__init__).parameters) - {"args", "kwargs"}
+    return suggestion(match[2], known - _GIVEN) if known - _GIVEN else " It has no options."

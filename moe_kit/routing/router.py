@@ -78,7 +78,8 @@ class Router(nn.Module):
         self.freeze = None
         if freeze_after is not None:
             # NOTE: registered behind the states that it puts back, since they move in this order
-            self.freeze = FreezeSchedule(freeze_after, [score, select, *([stepper] if _shifts_choice(stepper) else [])])
+            held = [score, select] if stepper is None or not _shifts_choice(stepper) else [score, select, stepper]
+            self.freeze = FreezeSchedule(freeze_after, held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # logits, thresholds and balance biases stay float32 when a model is cast: bfloat16 loses a step of 1e-3
@@ -356,9 +357,9 @@ class Router(nn.Module):
         )
 
 
-def _shifts_choice(stepper: StepState | None) -> bool:
+def _shifts_choice(stepper: StepState) -> bool:
     """Whether a state takes part in the choice, as a balance bias does; others steer coefficients of losses."""
-    return stepper is not None and type(stepper).choice_scores is not StepState.choice_scores
+    return type(stepper).choice_scores is not StepState.choice_scores
 
 
 def as_rows(x: Tensor, context: RoutingContext) -> Tensor:

@@ -10,12 +10,12 @@ Shapes: B rows, S sequence, T = B*S tokens, N decisions, D model width, E expert
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from moe_kit.errors import RoutingError
+from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.routing.context import RoutingContext
 
 Pool = Literal["inputs", "logits", "probabilities"]
@@ -86,12 +86,15 @@ class SequenceScope:
     """One decision for each sequence, from its real prompt tokens.
 
     Attributes:
-        pool: what is averaged over the prompt: the inputs, the logits, or the probabilities.
+        pool: what is averaged over the prompt: "inputs", "logits" or "probabilities"; others raise ConfigError.
     """
 
     pool: Pool = "inputs"
     name = "sequence"
     outlives_forward = True
+
+    def __post_init__(self) -> None:
+        _check_pool(self.pool)
 
     def decisions(self, x_BSD: Tensor, context: RoutingContext) -> Decisions:
         """Pools with the prompt mask, so padding and answers never take part.
@@ -120,12 +123,15 @@ class RequestScope:
     """One decision for each batch row, whatever documents are packed in it, from its real prompt tokens.
 
     Attributes:
-        pool: what is averaged over the prompt: the inputs, the logits, or the probabilities.
+        pool: what is averaged over the prompt: "inputs", "logits" or "probabilities"; others raise ConfigError.
     """
 
     pool: Pool = "inputs"
     name = "request"
     outlives_forward = True
+
+    def __post_init__(self) -> None:
+        _check_pool(self.pool)
 
     def decisions(self, x_BSD: Tensor, context: RoutingContext) -> Decisions:
         """As `SequenceScope`, with rows in place of sequences.
@@ -174,6 +180,11 @@ class TaskScope:
         rows_B = torch.arange(batch, device=x_BSD.device)
         decision_T = rows_B.repeat_interleave(length, output_size=batch * length)
         return Decisions(None, decision_T, rows_B, batch, None, task_ids_N=task_ids_B)
+
+
+def _check_pool(pool: str) -> None:
+    if pool not in get_args(Pool):
+        raise ConfigError(f"pool is {pool!r}, expected one of {', '.join(get_args(Pool))}.")
 
 
 def pool_sum(value_TD: Tensor, sequence_T: Tensor, count: int) -> Tensor:

@@ -263,12 +263,21 @@ class MLPScore(nn.Module):
         num_experts: E.
         hidden: width of the hidden layer.
         activation: "gelu", "silu", "relu" or "tanh".
+
+    Raises:
+        ConfigError: if the activation is none of these, or the hidden layer has no unit.
+
+    Source: routers of this form in TeamLoRA, arXiv 2408.09856, and X-LoRA, arXiv 2402.07148.
     """
 
     _ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "tanh": torch.tanh}
 
     def __init__(self, width: int, num_experts: int, *, hidden: int = 64, activation: str = "gelu") -> None:
         super().__init__()
+        if activation not in self._ACTIVATIONS:
+            raise ConfigError(f"activation is {activation!r}, expected one of {', '.join(self._ACTIVATIONS)}.")
+        if hidden < 1:
+            raise ConfigError(f"the hidden layer has {hidden} units, expected 1 or more.")
         self.down = nn.Linear(width, hidden)
         self.up = nn.Linear(hidden, num_experts)
         self.activation = activation

@@ -95,6 +95,9 @@ class SelectTopK(nn.Module):
         groups_kept: groups kept; a group is worth the sum of its two best scores.
         gumbel: add Gumbel noise in training; weights see the same noise (straight-through Gumbel).
 
+    Raises:
+        ConfigError: if more groups are kept than there are; in `check`, if the kept ones hold fewer than k experts.
+
     Source: group limit, DeepSeek-V3, arXiv 2412.19437 (dropped groups are masked with -inf, never with 0).
     """
 
@@ -107,14 +110,33 @@ class SelectTopK(nn.Module):
         self.k, self.absolute, self.num_groups, self.groups_kept = k, absolute, num_groups, groups_kept
         self.gumbel = gumbel
 
+    def check(self, num_experts: int) -> None:
+        """Refuse groups that do not divide the experts, or that leave fewer than k to choose from.
+
+        Args:
+            num_experts: E.
+
+        Raises:
+            ConfigError: saying how many experts the kept groups hold.
+        """
+        if self.num_groups == 1:
+            return
+        if num_experts % self.num_groups:
+            raise ConfigError(f"{num_experts} experts do not fall into {self.num_groups} equal groups.")
+        left = self.groups_kept * num_experts // self.num_groups
+        if self.k > left:
+            raise ConfigError(
+                f"top_k is {self.k}, but {self.groups_kept} of {self.num_groups} groups hold {left} of {num_experts} experts: "
+                "raise groups_kept, or lower top_k or num_groups."
+            )
+
     def forward(self, scores_NE: Tensor, decisions: Decisions, context: RoutingContext) -> Selection:
         """Sparse selection, best first."""
         noisy_NE = scores_NE + gumbel_like(scores_NE) if self.gumbel and self.training else None
         scores_NE = scores_NE if noisy_NE is None else noisy_NE.detach()
         scores_NE = scores_NE.abs() if self.absolute else scores_NE
         if self.num_groups > 1:
-            if scores_NE.shape[-1] % self.num_groups:
-                raise ConfigError(f"{scores_NE.shape[-1]} experts do not fall into {self.num_groups} equal groups.")
+            self.check(scores_NE.shape[-1])
             grouped = scores_NE.unflatten(-1, (self.num_groups, -1))
             worth = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
             kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, stable_top_k(worth, self.groups_kept), True)

@@ -69,6 +69,8 @@ for _name in ("mhr", "mhr_z", "mhr_mu"):
     CASES[_name].overrides["bank_options"] = {"heads": 2}
 CASES |= {
     "remix/sequence": Case("remix", {"scope": "sequence"}),
+    "remix/request": Case("remix", {"scope": "request"}),
+    "request": Case("mixture_of_lora", {"scope": "request", "scope_options": {"pool": "probabilities"}}),
     "expert_choice/ema": Case(
         "expert_choice",
         {"select_options": {"threshold": "ema"}},
@@ -77,6 +79,8 @@ CASES |= {
     "expert_choice/zhou": Case(
         "expert_choice", {"causal_leak": "allow", "select_options": {"gate": "softmax"}, "weight": "softmax"}
     ),
+    # the surveys' name of FlyLoRA's score
+    "flylora/identity": Case("flylora", {"score": "identity"}),
     "flylora/absolute": Case("flylora", {"select_options": {"absolute": True}, "detach_router_input": True}),
     "loss_free/quantile": Case("loss_free", {"stepper_options": {"rule": "quantile", "bins": 50}}),
     "capacity/switch": Case(
@@ -100,6 +104,7 @@ CASES |= {
         {"weight": "straight_through", "select_options": {"gumbel": True}, "losses": {}},
         random_in_training=True,
     ),
+    "mlp": Case("mixture_of_lora", {"score": "mlp", "score_options": {"hidden": 5, "activation": "tanh"}}),
     "dense_mixer": Case("mixture_of_lora", {"weight": "dense_mixer"}),
     "prototype": Case("mixture_of_lora", {"score": "prototype", "score_options": {"metric": "cosine"}}),
 }

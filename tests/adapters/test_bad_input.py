@@ -1,10 +1,12 @@
 """Wrong input gives a typed error that says what is wrong; empty input gives finite results."""
 
+import inspect
+import json
 import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import BertConfig, BertModel
 
 from moe_kit import RoutedAdapterConfig, record_routing, replay_routing, routing_inputs, routing_losses
@@ -16,6 +18,7 @@ IDS = torch.randint(1, 61, (2, 6), generator=torch.Generator().manual_seed(3))
 
 
 def config(preset="mixture_of_lora", **more):
+    preset = more.pop("preset", preset)
     return RoutedAdapterConfig.from_preset(
         preset, **{"num_experts": 4, "top_k": 2, "r": 2, "target_modules": "all-linear", **more}
     )
@@ -46,6 +49,7 @@ def wrapped(preset="mixture_of_lora", **more):
         ({"scope": "task", "score": "task_table"}, "num_tasks is not set"),
         ({"scope": "task", "score": "task_table", "num_tasks": 0}, "num_tasks is 0"),
         ({"num_expert": 4}, "Did you mean 'num_experts'"),
+        ({"preset": "remoe", "top_k": 5}, "top_k is 5 but a module has only 4 experts"),
         ({"rank_pattern": {"q_proj(": 2}}, "no regular expression"),
     ],
 )
@@ -64,8 +68,25 @@ def test_configurations_are_checked_when_made(values, match):
         ({"scope": "tokens"}, "Did you mean 'token'"),
         ({"stepper": "lossfree"}, "Did you mean 'loss_free'"),
         ({"losses": {"swich": 0.1}}, "Did you mean 'switch'"),
-        ({"select_options": {"groups": 2}}, "select_options do not fit"),
-        ({"stepper": "loss_free", "stepper_options": {"speed": 1}}, "stepper_options do not fit"),
+        ({"select_options": {"num_group": 2}}, "select_options do not fit .* Did you mean 'num_groups'"),
+        ({"stepper": "loss_free", "stepper_options": {"bin": 1}}, "stepper_options do not fit .* Did you mean 'bins'"),
+        ({"stepper": "loss_free", "stepper_options": {"speed": 1}}, "Known: bins, gate, rate, rule, span"),
+        ({"score_options": {"gitter": 0.1}}, "score_options do not fit .* Did you mean 'jitter'"),
+        ({"bank_options": {"froze": True}}, "bank_options do not fit .* Did you mean 'frozen'"),
+        ({"bank_options": {"scale": 2.0}}, "bank_options do not fit .* multiple values"),
+        ({"scope_options": {"pool": "inputs"}}, "scope_options do not fit"),
+        ({"scope": "sequence", "scope_options": {"pol": "logits"}}, "Did you mean 'pool'"),
+        ({"scope": "sequence", "scope_options": {"pool": "logit"}}, "pool is 'logit', expected one of inputs, logits"),
+        ({"scope": "request", "scope_options": {"pool": "mean"}}, "pool is 'mean'"),
+        ({"weight": "sigmoid", "weight_options": {"renormalize": True}}, "Did you mean 'renormalise'"),
+        ({"weight": "indicator", "weight_options": {"temperature": 2}}, "weight_options do not fit"),
+        ({"losses": {"cv_typed": 0.1}, "loss_options": {"cv_typed": {"delt": 0.1}}}, "Did you mean 'delta'"),
+        ({"select": "all", "select_options": {"p": 0.5}}, "select_options do not fit"),
+        ({"score": "mlp", "score_options": {"activation": "gleu"}}, "activation is 'gleu', expected one of gelu, silu"),
+        ({"score": "mlp", "score_options": {"hidden": 0}}, "hidden layer has 0 units"),
+        ({"score": "mlp", "score_options": {"hiden": 8}}, "Did you mean 'hidden'"),
+        ({"select_options": {"num_groups": 4, "groups_kept": 1}}, "top_k is 2, but 1 of 4 groups hold 1 of 4 experts"),
+        ({"select_options": {"num_groups": 3, "groups_kept": 2}}, "4 experts do not fall into 3 equal groups"),
         ({"select": "expert_choice", "causal_leak": "allow", "select_options": {"threshold": "mean"}}, "'mean'"),
         ({"target_modules": ["no_such_linear"]}, "no_such_linear"),
         ({"expert_layout": [2, 2, 2]}, "3 parts but the model 2 layers"),
@@ -109,6 +130,22 @@ def test_a_layout_may_name_layers_that_are_not_adapted():
     model = wrapped(expert_layout=[2, 4], layers_to_transform=[1])
     banks = [m.moe_adapter_bank["skills_a"] for m in model.modules() if hasattr(m, "moe_adapter_bank")]
     assert {bank.num_experts for bank in banks} == {4}
+
+
+def test_fields_that_do_not_exist_name_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match="Did you mean 'num_experts'"):
+        RoutedAdapterConfig(num_expert=3)
+    with pytest.raises(ConfigError, match=r"Known: .*num_experts"):
+        RoutedAdapterConfig(zzz=3)
+    # files of later versions load as with PEFT's own configurations: with a warning
+    config().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "of_a_later_version": 1}))
+    for kind in (RoutedAdapterConfig, PeftConfig):
+        with pytest.warns(UserWarning, match="of_a_later_version"):
+            loaded = kind.from_pretrained(tmp_path)
+        assert loaded == config()
+    assert "num_experts" in inspect.signature(RoutedAdapterConfig).parameters
 
 
 def test_unknown_presets_name_the_nearest():

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from moe_kit import record_routing
+from moe_kit import record_routing, routing_inputs
 from moe_kit.routing.state import require_routing_state
 from tests.conformance.common import NAME, config, gradients, routed, wake
 from tests.tiny import batch_of, tiny_llama
@@ -25,12 +25,15 @@ def context(model):
 
 
 class TestGenerate:
-    def test_greedy_equals_passes_without_a_cache(self):
-        model = routed(**EVERYTHING)
+    @pytest.mark.parametrize("scope", ["token", "sequence", "request"])
+    def test_greedy_equals_passes_without_a_cache(self, scope):
+        model = routed(scope=scope, **EVERYTHING)
         out = model.generate(**prompts(), max_new_tokens=5, do_sample=False)
         ids = prompts()["input_ids"]
         for _ in range(5):
-            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+            # the decisions of a sequence are those of its prompt
+            with routing_inputs(model, prompt_length=5):
+                ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
         assert torch.equal(out, ids)
 
     def test_positional_arguments(self):
@@ -38,7 +41,7 @@ class TestGenerate:
         expected = model.generate(**batch, max_new_tokens=3, do_sample=False)
         assert torch.equal(model.generate(batch["input_ids"], max_new_tokens=3, do_sample=False), expected)
 
-    @pytest.mark.parametrize("scope", ["token", "sequence"])
+    @pytest.mark.parametrize("scope", ["token", "sequence", "request"])
     def test_beams(self, scope):
         """Each row with its beams alone gives what it gives in the batch."""
         model, batch = routed(scope=scope), prompts(rows=3)
@@ -48,9 +51,10 @@ class TestGenerate:
             alone = model.generate(**{key: value[row : row + 1] for key, value in batch.items()}, **options)
             assert torch.equal(together[2 * row : 2 * row + 2], alone)
 
-    def test_a_sequence_decides_once(self):
+    @pytest.mark.parametrize("scope", ["sequence", "request"])
+    def test_a_sequence_decides_once(self, scope):
         """Decisions made on the prompt hold while decoding, through beams as well."""
-        model, batch = routed(scope="sequence"), prompts(rows=2)
+        model, batch = routed(scope=scope), prompts(rows=2)
         seen = []
         handle = model.get_base_model().register_forward_hook(
             lambda *_: seen.append({site: r.dense_NE() for site, r, _ in context(model).registered})
@@ -65,15 +69,16 @@ class TestGenerate:
                     assert torch.equal(later[site], first), site
         handle.remove()
 
-    def test_cache_of_a_plain_forward_keeps_the_decisions(self):
-        model, batch = routed(scope="sequence"), prompts(rows=2)
+    @pytest.mark.parametrize("scope", ["sequence", "request"])
+    def test_cache_of_a_plain_forward_keeps_the_decisions(self, scope):
+        model, batch = routed(scope=scope), prompts(rows=2)
         out = model(**batch, use_cache=True)
         first = {site: r.dense_NE() for site, r, _ in context(model).registered}
         model(input_ids=batch["input_ids"][:, :1], past_key_values=out.past_key_values, use_cache=True)
         for site, routing, _ in context(model).registered:
             assert torch.equal(routing.dense_NE(), first[site])
 
-    @pytest.mark.parametrize("scope", ["token", "sequence"])
+    @pytest.mark.parametrize("scope", ["token", "sequence", "request"])
     def test_left_padding(self, scope):
         model = routed(scope=scope, **EVERYTHING)
         short, long = torch.tensor([[7, 9, 11]]), torch.tensor([[5, 4, 3, 2, 1]])
@@ -143,6 +148,12 @@ class TestPackedRows:
         assert context(model).num_sequences == 3
         alone = torch.cat([model(input_ids=torch.tensor([document])).logits[0] for document in self.DOCUMENTS])
         torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+    def test_a_request_is_a_row_whatever_is_packed_in_it(self):
+        model = routed(scope="request")
+        ids, positions = self.packed()
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+        assert {routing.num_decisions for _, routing, _ in context(model).registered} == {1}
 
     def test_prompts_of_documents(self):
         model = routed(scope="sequence")

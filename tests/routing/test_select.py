@@ -62,6 +62,12 @@ def test_groups_that_do_not_fit_are_refused():
         SelectTopK(2, num_groups=2, groups_kept=3)
     with pytest.raises(ConfigError, match="5 experts"):
         SelectTopK(2, num_groups=2)(torch.zeros(1, 5), decisions(1), CONTEXT)
+    # two experts would be chosen from groups that were dropped
+    few = SelectTopK(4, num_groups=4, groups_kept=1)
+    with pytest.raises(ConfigError, match="1 of 4 groups hold 2 of 8 experts"):
+        few(torch.zeros(1, 8), decisions(1), CONTEXT)
+    full = SelectTopK(4, num_groups=4, groups_kept=2)(torch.arange(8.0)[None], decisions(1), CONTEXT)
+    assert sorted(full.ids_NK[0].tolist()) == [4, 5, 6, 7]
 
 
 def test_top_p_is_the_smallest_set_that_reaches_p():

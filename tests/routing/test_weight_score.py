@@ -8,7 +8,14 @@ import torch
 from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.routing import Router, RoutingContext
 from moe_kit.routing.scope import Decisions, RequestScope, SequenceScope, TaskScope, TokenScope
-from moe_kit.routing.score import FrozenSparseScore, LinearScore, PrototypeScore, TaskTableScore, UniformScore
+from moe_kit.routing.score import (
+    FrozenSparseScore,
+    LinearScore,
+    MLPScore,
+    PrototypeScore,
+    TaskTableScore,
+    UniformScore,
+)
 from moe_kit.routing.select import SelectAll, Selection, SelectTopK
 from moe_kit.routing.weight import (
     DenseMixerWeight,
@@ -129,6 +136,35 @@ def test_dense_mixer_value_is_sparse_router_gradient_dense_expert_gradient_spars
         upstream
     )
     assert not torch.allclose(sparse_only.grad, logits.grad), "equal to the sparse gradient: the case tests nothing"
+
+
+@pytest.mark.parametrize(
+    ("activation", "module"),
+    [("gelu", torch.nn.GELU()), ("silu", torch.nn.SiLU()), ("relu", torch.nn.ReLU()), ("tanh", torch.nn.Tanh())],
+)
+def test_mlp_score_is_two_linears_with_a_non_linearity(activation, module):
+    score = MLPScore(D, E, hidden=7, activation=activation)
+    torch.nn.init.normal_(score.up.bias)
+    plain = torch.nn.Sequential(torch.nn.Linear(D, 7), module, torch.nn.Linear(7, E))
+    plain.load_state_dict(dict(zip(plain.state_dict(), score.state_dict().values(), strict=True)))
+    x = torch.randn(9, D)
+    assert_close("logits", score(Decisions(x)), plain(x))
+    score(Decisions(x)).square().sum().backward()
+    plain(x).square().sum().backward()
+    for name, (own, expected) in enumerate(zip(score.parameters(), plain.parameters(), strict=True)):
+        assert_close(str(name), own.grad, expected.grad)
+    # float32 whatever the model's dtype, under autocast as well
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = score(Decisions(x.bfloat16()))
+    assert half.dtype is torch.float32
+    assert_close("half", half, plain(x.bfloat16().float()))
+
+
+def test_mlp_score_refuses_what_it_cannot_compute():
+    with pytest.raises(ConfigError, match="activation is 'gleu', expected one of gelu"):
+        MLPScore(D, E, activation="gleu")
+    with pytest.raises(ConfigError, match="0 units"):
+        MLPScore(D, E, hidden=0)
 
 
 @pytest.mark.parametrize("metric", PrototypeScore.METRICS)
