@@ -20,6 +20,9 @@ def main(arguments: list[str]) -> None:
     Raises:
         ConfigError: Without a recipe, or with a wrong one.
     """
+    if {"-h", "--help"} & set(arguments):
+        print(_help(arguments[0] if not arguments[0].startswith("-") else "depth/dr_llm"))
+        return
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError("moe-kit search-layers needs a recipe: moe-kit search-layers depth/dr_llm [--key value ...]")
     quiet_libraries()
@@ -49,3 +52,32 @@ def main(arguments: list[str]) -> None:
         bar.update(task, completed=result["questions"], total=result["questions"])
     print(json.dumps(result, indent=2))
     print(f"labels: {recipe.search.output}")
+
+
+def _help(source: str) -> str:
+    """Explain the command and show the search section of a recipe."""
+    import dataclasses
+
+    from moe_kit.depth.search import SearchConfig
+    from moe_kit.training.depth import load_depth_recipe
+
+    search = load_depth_recipe(source).search
+    settings = dataclasses.asdict(SearchConfig(**search.settings))
+    return "\n".join(
+        [
+            f"moe-kit search-layers {source} [--key value ...]: for each training question of a layer-router recipe, a tree",
+            "search over routes (skip one or two layers, repeat one) for a shorter one that still answers right. The labels",
+            "go to a JSONL file that `moe-kit train depth/dr_llm` learns from; an interrupted search goes on where it stopped.",
+            "",
+            *(
+                f"--search.{f.name} {getattr(search, f.name)}"
+                for f in dataclasses.fields(search)
+                if f.name != "settings"
+            ),
+            *(f"--search.settings.{name} {value}" for name, value in settings.items()),
+            "",
+            "scorer is `exact` (greedy answers, scored by the task) or `likelihood` (probability a token of the right answer;",
+            "`correct` is what counts as right, `tolerance` how far a label may fall below the full model). All other fields",
+            "of the recipe are options too, as in `moe-kit train`.",
+        ]
+    )
