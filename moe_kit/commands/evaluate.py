@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> None:
         raise CheckpointError(f"{folder} is not a folder: give an output folder of `moe-kit train`")
     quiet_libraries()
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from moe_kit.evaluation.likelihood import answer_likelihood
@@ -36,20 +37,20 @@ def main(arguments: list[str]) -> None:
     from moe_kit.training.models import matmul_precision
     from moe_kit.training.run import evaluate, load_run, training_examples
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     model, tokenizer, trained = load_run(folder)
     known = load_examples(trained.data, train_examples=training_examples(trained)).train
     sets = held_out_examples(recipe.data, known=known)
     with matmul_precision(recipe.model.matmul_precision):
         scores, _ = evaluate(model, tokenizer, sets, recipe, console, "held-out")
         likelihood = answer_likelihood(model, tokenizer, sets.held_out, recipe.data, batch_size=recipe.eval.batch_size)
-    table = Table(title=f"{folder}: exact match, % ± standard error")
+    table = Table(title=f"{escape(str(folder))}: exact match, % ± standard error")
     for name in ("task", "questions", "exact match", "nats an answer", "nats a token"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task, score in scores.items():
         nats = likelihood[task]
         table.add_row(
-            task,
+            escape(task),
             str(score.count),
             str(score),
             f"{nats.nats_per_answer:.3f} ± {nats.stderr:.3f}",

@@ -19,6 +19,7 @@ def main(arguments: list[str]) -> None:
     recipe, _ = parse_recipe(arguments, command="inspect", flags={})
     quiet_libraries()
     from rich.console import Console
+    from rich.markup import escape
 
     from moe_kit.training.inspection import inspect_model, print_inspection
     from moe_kit.training.models import load_model_and_tokenizer
@@ -32,6 +33,6 @@ def main(arguments: list[str]) -> None:
     else:
         base, _ = load_model_and_tokenizer(recipe.model.name, dtype=recipe.model.dtype)
         model = wrap_model(base, recipe.adapter, seed=recipe.train.seed)
-    console = Console(highlight=False)
-    console.print(f"base model: {recipe.model.name}")
+    console = Console(highlight=False, emoji=False)
+    console.print(f"base model: {escape(recipe.model.name)}")
     print_inspection(inspect_model(model), console)

@@ -35,4 +35,4 @@ def main(arguments: list[str]) -> None:
     for name, preset in PRESETS.items():
         table.add_row(name, preset.summary, preset.source)
     table.add_row("lora", "plain PEFT LoRA, for comparison (in recipes only)", "arXiv 2106.09685")
-    Console(highlight=False).print(table)
+    Console(highlight=False, emoji=False).print(table)

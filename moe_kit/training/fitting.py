@@ -14,6 +14,7 @@ from rich.console import Console
 
 from moe_kit.errors import ConfigError
 from moe_kit.training.encoding import Collator, EncodedExamples
+from moe_kit.training.fields import build
 from moe_kit.training.guard import guarded, last_checkpoint
 from moe_kit.training.interrupt import interruptible
 from moe_kit.training.progress import StepReporter, stepping
@@ -22,7 +23,9 @@ from moe_kit.training.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["fit"]
+    from moe_kit.training.trainer import PolicyConfig
+
+__all__ = ["fit", "policy_config"]
 
 
 def fit(
@@ -51,7 +54,7 @@ def fit(
         `processes`, `final_loss`.
 
     Raises:
-        ConfigError: `train.trainer` has a field that the trainer's arguments lack.
+        ConfigError: `train.trainer` has a field that the trainer's arguments lack, or `train.policy` one that is unknown.
         TrainingError: The loss is not finite.
         CheckpointError: A checkpoint cannot be saved.
     """
@@ -100,12 +103,30 @@ def _trainer(model: Any, recipe: Recipe) -> tuple[type, dict[str, Any]]:
 
         return Trainer, {}
     from moe_kit import RoutedTrainer
+
+    return RoutedTrainer, {"policy": policy_config(recipe)}
+
+
+def policy_config(recipe: Recipe) -> PolicyConfig:
+    """Read how sampled routers are trained.
+
+    Args:
+        recipe: The recipe; its `train.policy` is used.
+
+    Returns:
+        The checked configuration of the trainer.
+
+    Raises:
+        ConfigError: An unknown key (the nearest is named), or a value that is refused.
+    """
     from moe_kit.training.trainer import PolicyConfig
 
+    policy = build(PolicyConfig, recipe.train.policy, "train.policy")
     try:
-        return RoutedTrainer, {"policy": PolicyConfig(**recipe.train.policy)}
-    except TypeError as error:
+        policy.validate()
+    except ConfigError as error:
         raise ConfigError(f"train.policy: {error}") from error
+    return policy
 
 
 def _trainer_arguments(recipe: Recipe, folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from moe_kit.errors import CheckpointError, ConfigError
@@ -76,8 +77,8 @@ def results_table(results: Results) -> Table:
         table.add_column("zero-shot", justify="right")
     table.add_column("best constant", justify="right", no_wrap=True)
     if results.lora:
-        table.add_column(f"LoRA ({results.lora_note})" if results.lora_note else "LoRA", justify="right")
-    table.add_column(results.name, justify="right", style="bold", no_wrap=True)
+        table.add_column(escape(f"LoRA ({results.lora_note})") if results.lora_note else "LoRA", justify="right")
+    table.add_column(escape(results.name), justify="right", style="bold", no_wrap=True)
     table.add_column("gain", justify="right", no_wrap=True)
 
     def cells(task: str | None) -> list[str]:
@@ -88,7 +89,8 @@ def results_table(results: Results) -> Table:
 
         row = [str(pick(results.zero_shot) or "-")] if results.zero_shot else []
         constant = str(pick(constants))
-        row.append(f"{results.constants[task][0][:8]}: {constant}" if task is not None else constant)
+        # answers and names of tasks are text of others, not markup
+        row.append(escape(f"{results.constants[task][0][:8]}: {constant}") if task is not None else constant)
         row += [str(pick(results.lora) or "-")] if results.lora else []
         ours, base = pick(results.ours), pick(constants)
         assert ours, "a row stands for a task that was scored"
@@ -96,7 +98,7 @@ def results_table(results: Results) -> Table:
         return [*row, str(ours), f"{100 * (ours.accuracy - base.accuracy):+.1f}"]
 
     for task in results.ours:
-        table.add_row(task, *cells(task))
+        table.add_row(escape(task), *cells(task))
     table.add_section()
     table.add_row("mean", *cells(None))
     return table

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError
 
 from moe_kit.errors import CheckpointError, ConfigError
@@ -33,13 +34,13 @@ from moe_kit.evaluation.scores import Score, best_constants, score_answers, scor
 from moe_kit.hf.adapter_files import replacing
 from moe_kit.training.data import Example, ExampleSets, load_examples
 from moe_kit.training.encoding import EncodedExamples
-from moe_kit.training.fitting import fit
+from moe_kit.training.fitting import fit, policy_config
 from moe_kit.training.guard import last_checkpoint
 from moe_kit.training.models import load_model_and_tokenizer, matmul_precision
 from moe_kit.training.progress import counting
 from moe_kit.training.recipe import AdapterConfig, Recipe, load_recipe, recipe_to_yaml
 from moe_kit.training.results import Results, results_table, stored_scores, write_atomically, write_results
-from moe_kit.training.wrapping import LORA, adapter_config, trainable_parameters, wrap_model
+from moe_kit.training.wrapping import LORA, adapter_config, matched, trainable_parameters, wrap_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -71,7 +72,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     recipe.validate()
     stored_scores(recipe.eval.compare_row)
     first = int(os.environ.get("RANK", "0")) == 0
-    console = console or Console(highlight=False, quiet=not first)
+    console = console or Console(highlight=False, emoji=False, quiet=not first)
     folder = Path(recipe.output_dir)
     if first:
         _prepare_folder(recipe, folder, resume)
@@ -87,12 +88,13 @@ def _run(recipe: Recipe, folder: Path, console: Console, resume: bool, first: bo
     lora_scores, lora_note = stored_scores(recipe.eval.compare_row)
     began = time.perf_counter()
 
-    console.print(f"[bold]1/4[/] loading {recipe.model.name} and the data")
+    console.print(f"[bold]1/4[/] loading {escape(recipe.model.name)} and the data")
     sets = load_examples(recipe.data, train_examples=training_examples(recipe))
     model, tokenizer = load_model_and_tokenizer(recipe.model.name, dtype=recipe.model.dtype)
     _to_device(model)
     # a misspelt setting should not cost a baseline first
     adapter_config(model, recipe.adapter)
+    policy_config(recipe)
     encoded = EncodedExamples(sets.train, tokenizer, recipe.data)
     constants = best_constants(sets.train, sets.held_out, sets.scorers)
     console.print(
@@ -106,8 +108,9 @@ def _run(recipe: Recipe, folder: Path, console: Console, resume: bool, first: bo
     if recipe.eval.compare:
         lora_scores, lora_note = _train_lora(recipe, sets, encoded, tokenizer, console, resume), "same budget, this run"
 
-    console.print(f"[bold]3/4[/] training {recipe.adapter.preset}")
+    console.print(f"[bold]3/4[/] training {escape(recipe.adapter.preset)}")
     model = wrap_model(model, recipe.adapter, seed=recipe.train.seed)
+    console.print(f"    adapts {escape(matched(model))}")
     trainable, total = trainable_parameters(model)
     console.print(f"    {trainable:,} of {total:,} parameters are trainable ({100 * trainable / total:.2f} %)")
     costs = fit(model, tokenizer, encoded, recipe, folder / CHECKPOINTS, console=console, resume=resume)
@@ -308,9 +311,10 @@ def _report(results: Results, sets: ExampleSets, answers: list[str], recipe: Rec
     console.print(f"Mean gain over the best constant answer: [bold]{results.mean_gain:+.1f} points[/]")
     for example, answer in _shown(sets.held_out, answers, recipe.eval.show):
         mark = "right" if score_one(example, answer, sets.scorers) >= 1 else f"expected {example.answer!r}"
-        question = " ".join(example.messages[-1]["content"].split())
-        console.print(f"  [dim]{example.task}[/] {question[-160:]}\n    -> {answer!r} ({mark})", markup=True)
-    folder = recipe.output_dir
+        question = " ".join(example.messages[-1]["content"].split())[-160:]
+        # tasks, questions and answers are text of others, in which [/INST] is no markup
+        console.print(f"  [dim]{escape(example.task)}[/] {escape(question)}\n    -> {escape(f'{answer!r} ({mark})')}")
+    folder = escape(str(recipe.output_dir))
     console.print(f"\nSaved to {folder}. Next:", soft_wrap=True)
     for command, text in (
         (f"moe-kit generate {folder} --prompt '...'", "ask it something"),

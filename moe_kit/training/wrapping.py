@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["LORA", "adapter_config", "linear_names", "trainable_parameters", "wrap_model"]
+__all__ = ["LORA", "adapter_config", "linear_names", "matched", "trainable_parameters", "wrap_model"]
 
 # the one name that is not a routed preset
 LORA = "lora"
@@ -120,6 +120,29 @@ def linear_names(model: PreTrainedModel) -> list[str]:
             if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
         }
     )
+
+
+def matched(model: Any) -> str:
+    """Say what an adapter sits on, by name.
+
+    Args:
+        model: A PEFT model with one adapter, routed or LoRA.
+
+    Returns:
+        Text such as "q_proj (30), down_proj (30)": linears, and stacked weights of a base's experts, in the model's order.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from moe_kit.adapters.base_experts import AdaptedExperts
+    from moe_kit.adapters.targets import describe
+
+    paths = []
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedExperts):
+            paths += [f"{path}.{name}" for stacks in module.moe_adapter_bank.values() for name in stacks]
+        elif isinstance(module, BaseTunerLayer):
+            paths.append(path)
+    return describe(paths)
 
 
 def trainable_parameters(model: Any) -> tuple[int, int]:

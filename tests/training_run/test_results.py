@@ -49,6 +49,20 @@ def test_gain_is_above_the_constant():
     assert text.count(" - ") == 2
 
 
+def test_text_of_others_is_no_markup():
+    score = Score(accuracy=0.5, stderr=0.1, count=4)
+    results = Results(
+        name="[/name]",
+        ours={"[/task]": score},
+        constants={"[/task]": ("[/inst]", score)},
+        lora={"[/task]": score},
+        lora_note="[/note]",
+    )
+    text = render(results)
+    for word in ("[/name]", "[/task]", "[/inst]: 50.0", "LoRA ([/note])"):
+        assert word in text
+
+
 def test_file_round_trip(tmp_path):
     write_results(RESULTS, tmp_path / "results.json")
     assert read_results(tmp_path / "results.json") == RESULTS

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from moe_kit.cli import main
 from moe_kit.errors import CheckpointError, ConfigError
 from moe_kit.training import fitting
 from moe_kit.training import run as run_module
@@ -212,6 +213,88 @@ def test_bad_adapter_sections(tmp_path, console, change, words):
 def test_bad_trainer_fields(tmp_path, console, train, words):
     with pytest.raises(ConfigError, match=words):
         run(tiny(tmp_path / "out", **train), console=console)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ({"credt": "to_go"}, "unknown key 'train.policy.credt': did you mean 'credit'"),
+        ({"num_samples": "four"}, r"train.policy.num_samples: got 'four' \(str\), expected int"),
+        ({"num_samples": 1}, "train.policy: num_samples is 1"),
+        ({"credit": "token"}, "train.policy: credit is 'token'"),
+    ],
+)
+def test_bad_policy_fields_cost_no_baseline(tmp_path, console, monkeypatch, policy, words):
+    monkeypatch.setattr(run_module, "evaluate", lambda *args: pytest.fail("a baseline was evaluated first"))
+    with pytest.raises(ConfigError, match=words):
+        run(tiny(tmp_path / "out", "remix", policy=policy), console=console)
+
+
+def test_policy_fields_reach_the_trainer(tmp_path):
+    _, options = fitting._trainer(_wrapped("remix"), tiny(tmp_path, "remix", policy={"num_samples": 3}))
+    assert options["policy"].num_samples == 3
+
+
+def _wrapped(preset, **settings):
+    from moe_kit.training.recipe import AdapterConfig
+    from moe_kit.training.wrapping import wrap_model
+
+    model, _ = load_model_and_tokenizer("tiny")
+    return wrap_model(model, AdapterConfig(preset=preset, settings={"r": 2, **settings}))
+
+
+@pytest.mark.parametrize("preset", ["lora", "mixture_of_lora"])
+def test_a_run_says_what_it_adapts(tmp_path, console, preset):
+    recipe = tiny(tmp_path / "out", preset)
+    settings = {**recipe.adapter.settings, "target_modules": "all-linear"}
+    run(
+        dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, settings=settings, upper_layers=1)),
+        console=console,
+    )
+    text = " ".join((tmp_path / "log.txt").read_text().split())
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert f"adapts {', '.join(f'{name} (1)' for name in names)} " in text
+
+
+def test_what_is_adapted_counts_base_experts_too():
+    from moe_kit.training.recipe import AdapterConfig
+    from moe_kit.training.wrapping import matched, wrap_model
+    from tests.tiny import tiny_moe
+
+    settings = {"r": 2, "target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]}
+    model = wrap_model(tiny_moe("Mixtral"), AdapterConfig(preset="mixture_of_lora", settings=settings))
+    assert sorted(matched(model).split(", ")) == ["down_proj (2)", "q_proj (2)"]
+
+
+# closing tags that open nothing are what rich cannot parse; a code of an emoji is text as well
+BRACKETS = "[/INST] is [red] :smile: [/bold]\\"
+
+
+def test_text_in_brackets_is_text(tmp_path, capsys):
+    """Questions, answers, tasks and folders are shown as they are, and nothing of them is taken for markup."""
+    data = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"{index} {BRACKETS}", "completion": "[/a] :+1:", "task": "[/task]"} for index in range(12)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = tmp_path / "[bold]out[/i]"
+    recipe = tiny(folder, "mixture_of_lora", trainer={})
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, tasks=(), file=str(data), eval_examples=3),
+        eval=dataclasses.replace(recipe.eval, compare_row={"note": "[/stored]"}, show=3),
+    )
+    run(recipe)
+    text = capsys.readouterr().out
+    unwrapped = "".join(text.split())
+    assert "[/a]:+1" in unwrapped, "the best constant answer"
+    assert "[/INST]is[red]:smile:[/bold]\\" in unwrapped
+    assert "(expected'[/a]:+1:')" in unwrapped
+    assert f"Savedto{folder}.".replace(" ", "") in unwrapped
+    assert "[/task]" in unwrapped
+    assert main(["eval", str(folder)]) == 0
+    unwrapped = "".join(capsys.readouterr().out.split())
+    assert "[bold]out[/i]" in unwrapped
+    assert "[/task]" in unwrapped
+    assert main(["inspect", str(folder)]) == 0
 
 
 def test_compare_trains_lora_at_the_active_rank(tmp_path, console):
