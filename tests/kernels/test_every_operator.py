@@ -44,6 +44,12 @@ OPERATORS = {
         ),
         {"x": X, "weight": W, "w": GATES, "bias": (E, O), "residual": (T * K, O)},
     ),
+    "grouped_mm, no activation": (
+        lambda x, weight, residual, backend: grouped_mm(
+            x, weight, plan(), gather=True, scatter=True, residual=residual, backend=backend
+        ),
+        {"x": X, "weight": W, "residual": (T * K, O)},
+    ),
     "lora_experts": (
         lambda x, A, B, w, base, backend: lora_experts(x, A, B, IDS, w, base_TO=base, backend=backend),
         {"x": X, "A": A, "B": B, "w": GATES, "base": (T, O)},

@@ -9,13 +9,14 @@ D width, H expert width, F = 2H when gated, else H.
 import torch
 from torch import Tensor
 
+from moe_kit_kernels.common.autocast import no_autocast
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape, fail
 from moe_kit_kernels.experts_mlp import reference
 from moe_kit_kernels.experts_mlp.autograd import ExpertsMLP, implementation
 from moe_kit_kernels.experts_mlp.ops import experts_mlp_op
 from moe_kit_kernels.grouped_mm.activations import ACTIVATIONS
 from moe_kit_kernels.grouped_mm.backend import resolve_backend
-from moe_kit_kernels.route_plan import RoutePlan, route_plan
+from moe_kit_kernels.route_plan import RoutePlan, check_plan_device, route_plan
 
 __all__ = ["experts_mlp"]
 
@@ -72,6 +73,13 @@ def experts_mlp(
     if torch.is_autocast_enabled(x_TD.device.type):
         dtype = torch.get_autocast_dtype(x_TD.device.type)
         up_EFD, down_EDH = up_EFD.to(dtype), down_EDH.to(dtype)
+        x_TD = x_TD.to(dtype)
+        up_bias_EF = None if up_bias_EF is None else up_bias_EF.to(dtype)
+        down_bias_ED = None if down_bias_ED is None else down_bias_ED.to(dtype)
+        more = {"up_bias_EF": up_bias_EF, "down_bias_ED": down_bias_ED, "activation": activation, "backend": backend}
+        # the gates stay wide, and the sum over a token's rows is made in them
+        with no_autocast(x_TD.device):
+            return experts_mlp(x_TD, up_EFD, down_EDH, None, weights_TK, plan=plan, **more)
     compute = up_EFD.dtype
     x_TD = x_TD.to(compute)
     up_bias_EF = None if up_bias_EF is None else up_bias_EF.to(compute)
@@ -153,4 +161,5 @@ def _check(
     if activation not in ACTIVATIONS:
         raise fail("experts_mlp", "activation", repr(activation), f"one of {sorted(ACTIVATIONS)}", "Pass one of them")
     check_device("experts_mlp", x_TD.device, up_EFD=up_EFD, down_EDH=down_EDH, weights_TK=weights_TK)
-    check_device("experts_mlp", x_TD.device, up_bias_EF=up_bias_EF, down_bias_ED=down_bias_ED, plan=plan.expert_P)
+    check_device("experts_mlp", x_TD.device, up_bias_EF=up_bias_EF, down_bias_ED=down_bias_ED)
+    check_plan_device("experts_mlp", x_TD.device, plan)

@@ -14,7 +14,7 @@ from moe_kit_kernels.grouped_mm.activations import ACTIVATIONS
 from moe_kit_kernels.grouped_mm.autograd import GroupedMM
 from moe_kit_kernels.grouped_mm.backend import resolve_backend
 from moe_kit_kernels.grouped_mm.ops import grouped_mm_op
-from moe_kit_kernels.route_plan import RoutePlan
+from moe_kit_kernels.route_plan import RoutePlan, check_plan_device
 
 __all__ = ["grouped_mm"]
 
@@ -45,12 +45,13 @@ def grouped_mm(
         weights: Gate of each pair in the given order, `[P]` or `[T, K]`; multiplies the row after the activation.
         activation: None or a name in `ACTIVATIONS`: "silu", "gelu", "gelu_tanh", "relu", "relu2".
         gated: The activation of the first half of the outputs multiplies the second half; the result has width O/2.
-        residual: Added last, in the shape and order of the result.
+        residual: Added last, in the shape and order of the result; of any floating dtype. Where one summand is float32,
+            the sum is taken in float32.
         backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
-        `[P, O]` (`[P, O/2]` when gated) of x's dtype. Rows of dropped pairs are zero plus residual. Differentiable in
-        x, weight, bias, weights and residual; the weight's gradient is written for every expert, zero for an empty one.
+        `[P, O]` (`[P, O/2]` when gated) of x's dtype (autocast's dtype under autocast). Rows of dropped pairs are zero plus residual. Differentiable in
+        x, weight, bias, weights and residual, each gradient of its tensor's dtype; the weight's gradient is written for every expert, zero for an empty one.
 
     Raises:
         KernelError: Wrong shapes, dtypes, devices, an unknown activation or backend, or a backend that cannot run here.
@@ -67,10 +68,12 @@ def grouped_mm(
     name = resolve_backend("grouped_mm", backend, x.device)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
-        compute = torch.get_autocast_dtype(x.device.type)
-        weight_EOD = weight_EOD.to(compute)
-        dtype = compute
-    x = x.to(weight_EOD.dtype)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        weight_EOD = weight_EOD.to(dtype)
+    added, x = None, x.to(weight_EOD.dtype)
+    if dtype != x.dtype:
+        # the result is not of the product's dtype: there the residual would be rounded twice
+        added, residual = residual, None
     bias_EO = None if bias_EO is None else bias_EO.to(weight_EOD.dtype)
     options = {"gather": gather, "scatter": scatter, "activation": activation, "gated": gated}
     if name == "reference":
@@ -97,7 +100,7 @@ def grouped_mm(
         weights_P = None if weights is None else weights.reshape(-1)
         more = (plan, gather, scatter, activation, gated, name)
         y = GroupedMM.apply(x, weight_EOD, bias_EO, weights_P, residual, *more)
-    return y.to(dtype)
+    return y.to(dtype) if added is None else (y + added).to(dtype)
 
 
 def _check(
@@ -134,4 +137,4 @@ def _check(
         expected = (plan.num_pairs, O // 2 if gated else O)
         check_shape("grouped_mm", "residual", residual, expected, "shape of the result")
     check_device("grouped_mm", x.device, weight_EOD=weight_EOD, bias_EO=bias_EO, weights=weights, residual=residual)
-    check_device("grouped_mm", x.device, plan=plan.expert_P)
+    check_plan_device("grouped_mm", x.device, plan)

@@ -163,9 +163,13 @@ def rows(
     if weights_P is not None:
         w_P1 = weights_P.index_select(0, plan.order_P)[:, None]
         y_PO = (y_PO * w_P1).to(y_PO.dtype)
+        # the weights of dropped pairs may be NaN
+        y_PO[plan.host_offsets[-1] :] = 0
     if scatter:
         y_PO = y_PO.index_select(0, plan.inverse_P)
-    return y_PO if residual is None else residual + y_PO, z_PF if keep else None
+    if residual is not None:
+        y_PO = (y_PO + residual).to(y_PO.dtype)
+    return y_PO, z_PF if keep else None
 
 
 def grad_rows(dz_PF: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
@@ -230,7 +234,7 @@ def combine(y_PO: Tensor, plan: RoutePlan, weights_P: Tensor | None = None) -> T
     Args:
         y_PO: Rows in sorted order; rows of dropped pairs finite.
         plan: The routing.
-        weights_P: Weights in the given order, finite; None = 1.
+        weights_P: Weights in the given order; None = 1. Those of dropped pairs may be anything, NaN too.
 
     Returns:
         `[T, O]` of `y_PO`'s dtype.
@@ -242,6 +246,8 @@ def combine(y_PO: Tensor, plan: RoutePlan, weights_P: Tensor | None = None) -> T
     wide = torch.promote_types(dtype, torch.float32)
     if weights_P is not None:
         weights_P = weights_P.to(wide)
+        if plan.host_offsets[-1] < plan.num_pairs:
+            weights_P = weights_P.masked_fill(plan.expert_P == plan.num_experts, 0)
     if plan.slots is not None and y_PO.numel() <= _SMALL_COMBINE:
         y_TKO = y_PO.index_select(0, plan.inverse_P).view(T, plan.slots, O).to(wide)
         if weights_P is None:

@@ -1,22 +1,20 @@
 """The grouped GEMM as a custom operator of torch, for `torch.compile` and export; eager calls do not come here.
 
-The operator keeps no pre-activations: its backward makes them again with one more product, which keeps every saved tensor
-an input. Blocks of known shape compile through `experts_mlp`, which saves them.
+The operator keeps no pre-activations: its backward makes them again with one more product where an activation or the
+gradient of the weights reads them, which keeps every saved tensor an input. FLOPs: 2 P O D a product. Blocks of known shape compile through `experts_mlp`, which saves them.
 """
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moe_kit_kernels.grouped_mm.autograd import GroupedMM
+from moe_kit_kernels.common.autocast import no_autocast
+from moe_kit_kernels.grouped_mm.autograd import GroupedMM, gradients, implementation, needs_rows
 from moe_kit_kernels.route_plan import RoutePlan
 
-_Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
-
-def _run(inputs: _Inputs, token_P, expert_P, num_tokens, slots, gather, scatter, activation, gated, backend) -> Tensor:
-    plan = RoutePlan(expert_P, num_tokens, inputs[1].shape[0], slots or None, None if slots else token_P)
-    return GroupedMM.apply(*inputs, plan, gather, scatter, activation or None, gated, backend)
+def _plan(weight_EOD: Tensor, token_P: Tensor, expert_P: Tensor, num_tokens: int, slots: int) -> RoutePlan:
+    return RoutePlan(expert_P, num_tokens, weight_EOD.shape[0], slots or None, None if slots else token_P)
 
 
 @torch.library.custom_op("moe_kit::grouped_mm", mutates_args=())
@@ -37,8 +35,10 @@ def grouped_mm_op(
     backend: str,
 ) -> Tensor:
     """Return `[P, O]`; `slots` is K, or 0 for free pairs; an empty `activation` is none."""
-    inputs = x, weight_EOD, bias_EO, weights_P, residual
-    return _run(inputs, token_P, expert_P, num_tokens, slots, gather, scatter, activation, gated, backend)
+    plan = _plan(weight_EOD, token_P, expert_P, num_tokens, slots)
+    options = plan, gather, scatter, activation or None, gated, backend
+    with no_autocast(x.device):
+        return GroupedMM.apply(x, weight_EOD, bias_EO, weights_P, residual, *options)
 
 
 @grouped_mm_op.register_fake
@@ -68,22 +68,27 @@ def grouped_mm_backward_op(
     needs: list[bool],
 ) -> list[Tensor]:
     """Return the gradients of the first five inputs; an empty tensor stands for one that is not needed."""
-    inputs = [
-        None if t is None else t.detach().requires_grad_(need)
-        for t, need in zip((x, weight_EOD, bias_EO, weights_P, residual), needs)
-    ]
-    with torch.enable_grad():
-        y = _run(inputs, token_P, expert_P, num_tokens, slots, gather, scatter, activation, gated, backend)
-    wanted = [t for t, need in zip(inputs, needs) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy))
-    # a gradient may be dy itself, and an operator's result must not alias its inputs
-    return [next(found).clone() if need else x.new_empty(0) for need in needs]
+    plan = _plan(weight_EOD, token_P, expert_P, num_tokens, slots)
+    *needs, need_residual = needs
+    z_PF = None
+    with no_autocast(x.device):
+        if needs_rows(activation or None, weights_P, needs[3]):
+            plain = {"weights_P": None, "residual": None, "activation": None, "gated": False}
+            options = {"gather": gather, "scatter": False, "bias_EO": bias_EO, "keep": True}
+            _, z_PF = implementation(backend).rows(x, weight_EOD, plan, **options, **plain)
+        how = gather, scatter, activation or None, gated, backend
+        found = gradients(dy, x, weight_EOD, weights_P, z_PF, plan, *how, tuple(needs))
+    # an operator's result must not alias its inputs
+    last = residual.new_empty(residual.shape).copy_(dy) if need_residual else None
+    return [x.new_empty(0) if g is None else g for g in (*found, last)]
 
 
 @grouped_mm_backward_op.register_fake
 def _(dy, x, weight_EOD, bias_EO, weights_P, residual, token_P, expert_P, T, slots, g, s, act, gated, b, needs):
-    inputs = (x, weight_EOD, bias_EO, weights_P, residual)
-    return [torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(inputs, needs)]
+    # the weight's gradient has the weight's layout, the others are contiguous
+    like = [None if t is None else t.new_empty(t.shape) for t in (x, bias_EO, weights_P, residual)]
+    like.insert(1, torch.empty_like(weight_EOD))
+    return [t if need else x.new_empty(0) for t, need in zip(like, needs)]
 
 
 def _setup_context(ctx, inputs, output):
@@ -106,3 +111,13 @@ def _forward_flops(
 ) -> int:
     _, O, D = weight_shape
     return 2 * token_shape[0] * O * D
+
+
+@register_flop_formula(torch.ops.moe_kit.grouped_mm_backward)
+def _backward_flops(
+    dy_shape, x_shape, weight_shape, bias_shape, weights_shape, residual_shape, token_shape, *rest, **options
+) -> int:
+    # rest: the experts' shape, T, K, gather, scatter, activation, gated, backend, needs
+    activation, needs = rest[5], rest[8]
+    products = needs[0] + needs[1] + (bool(activation) or needs[3])
+    return products * _forward_flops(x_shape, weight_shape, bias_shape, weights_shape, residual_shape, token_shape)

@@ -2,7 +2,8 @@
 
     y_p = residual_p + weight_p * act(x_p W_{e(p)}^T + b_{e(p)})
 
-where x_p is row p of a sorted x, or row token(p) of x with `gather`. Rows of dropped pairs are zero (plus residual).
+where x_p is row p of a sorted x, or row token(p) of x with `gather`. Rows of dropped pairs are zero (plus residual). The
+result has x's dtype.
 Shapes: T tokens, P pairs, E experts, D width in, O width out (halved by a gated activation).
 """
 
@@ -52,4 +53,4 @@ def grouped_mm(
         y_PO = torch.stack(rows)
     if scatter:
         y_PO = y_PO[plan.inverse_P]
-    return y_PO if residual is None else residual + y_PO
+    return y_PO if residual is None else (y_PO + residual).to(y_PO.dtype)

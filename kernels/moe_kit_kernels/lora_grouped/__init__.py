@@ -14,7 +14,7 @@ from moe_kit_kernels.grouped_mm import grouped_mm
 from moe_kit_kernels.grouped_mm.backend import resolve_backend
 from moe_kit_kernels.lora_grouped import reference
 from moe_kit_kernels.lora_grouped.autograd import LoraGrouped
-from moe_kit_kernels.route_plan import RoutePlan
+from moe_kit_kernels.route_plan import RoutePlan, check_plan_device
 
 __all__ = ["lora_grouped"]
 
@@ -68,7 +68,8 @@ def lora_grouped(
     check_shape("lora_grouped", "x", x, (rows, D), f"{why}, weight's last size")
     check_shape("lora_grouped", "A_ELD", A_ELD, (E, None, D), "experts and width of the weight")
     check_shape("lora_grouped", "B_EOL", B_EOL, (E, O, L), "experts and width of the weight, rank of A")
-    check_device("lora_grouped", x.device, weight_EOD=weight_EOD, A_ELD=A_ELD, B_EOL=B_EOL, plan=plan.expert_P)
+    check_device("lora_grouped", x.device, weight_EOD=weight_EOD, A_ELD=A_ELD, B_EOL=B_EOL)
+    check_plan_device("lora_grouped", x.device, plan)
     name = resolve_backend("lora_grouped", backend, x.device)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):

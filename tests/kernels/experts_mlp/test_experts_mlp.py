@@ -307,3 +307,41 @@ def test_custom_operator_keeps_its_promises():
         experts_mlp_op(*arguments)[0].sum().backward()
     # 6 pairs, D = 10, F = 14, H = 7; the backward makes twice the products of the forward
     assert counter.get_total_flops() == 3 * 2 * 6 * 10 * (14 + 7)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("tokens", [3, 400])
+@pytest.mark.parametrize("kept", [True, False])
+def test_gates_stay_wide_under_autocast(kept, tokens, pairs, compiled):
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
+    t = case(ids, 4, D=16, H=8, bias=True, dtype=torch.float32)
+    plan = route_plan(ids, 4)
+    if pairs:
+        plan = route_plan_pairs(plan.token_P, plan.expert_P, tokens, 4)
+        t["weights_TK"] = t["weights_TK"].reshape(-1)
+
+    def function(t):
+        return experts_mlp(**t, expert_ids_TK=None, plan=plan)
+
+    def cast(t):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(t)
+
+    torch._dynamo.reset()
+    cast = torch.compile(cast, fullgraph=True, backend="aot_eager") if compiled else cast
+    leaves = {name: tensor.requires_grad_(kept) for name, tensor in t.items()}
+    low = {name: tensor if name == "weights_TK" else tensor.bfloat16() for name, tensor in leaves.items()}
+    with torch.set_grad_enabled(kept):
+        y, expected = cast(leaves), function(low)
+    assert y.dtype is torch.bfloat16
+    assert torch.equal(y, expected)
+    if kept:
+        upstream = torch.randn(y.shape).bfloat16()
+        for name, g, e in zip(
+            leaves,
+            torch.autograd.grad(y, tuple(leaves.values()), upstream),
+            torch.autograd.grad(expected, tuple(leaves.values()), upstream),
+        ):
+            assert g.dtype is torch.float32
+            assert torch.equal(g, e), name
