@@ -44,7 +44,7 @@ def calibrate_budget(
         jumps over the wanted one.
 
     Raises:
-        ConfigError: no batch, or a value outside its range.
+        ConfigError: no batch, a value outside its range, or a static router whose layers are named.
         RoutingError: if the model has no active layer routers.
     """
     if not 0.0 <= saved <= 1.0:

@@ -125,7 +125,12 @@ class LayerRoutingConfig(PeftConfig):
     )
     tau: float = field(default=1.0, metadata={"help": "Gumbel temperature in training; a recipe anneals it."})
     skip_layers: list[int] | None = field(
-        default=None, metadata={"help": "Fixed router: the layers to skip; None = evenly spaced, `budget` of them."}
+        default=None,
+        metadata={"help": "Fixed router: exactly the layers to skip, which sets the budget; None = `budget` of them."},
+    )
+    skip_order: list[int] | None = field(
+        default=None,
+        metadata={"help": "Fixed router: routed layers, least important first: what a budget skips; None = evenly."},
     )
     seed: int = field(default=0, metadata={"help": "Random router: its seed."})
     modules_to_save: list[str] | None = field(
@@ -175,6 +180,12 @@ class LayerRoutingConfig(PeftConfig):
             raise ConfigError("router 'capacity' chooses among tokens: it needs scope='token'.")
         if self.router in ("fixed", "random") and self.budget_kind != "rate":
             raise ConfigError(f"router {self.router!r} needs budget_kind='rate', got {self.budget_kind!r}.")
+        if self.skip_layers is not None and self.skip_order is not None:
+            raise ConfigError("skip_layers and skip_order are both set: name the layers, or the order they go in.")
+        for name in ("skip_layers", "skip_order"):
+            named = getattr(self, name) or []
+            if len(set(named)) != len(named):
+                raise ConfigError(f"{name} is {named}, expected distinct layer indices or None.")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ConfigError(f"layers is {self.layers}, expected distinct layer indices or None.")
         for name, low, high in (("start", 0.0, 0.999), ("target_rate", 0.0, 1.0)):

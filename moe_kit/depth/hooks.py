@@ -11,12 +11,11 @@ import functools
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 
 from moe_kit.depth.state import ATTRIBUTE, DepthState
 from moe_kit.hf.cache import CarriedDecisions
-from moe_kit.hf.hooks import attach, loss_share, named_arguments, parts_of
+from moe_kit.hf.hooks import attach, named_arguments, parts_of
 
 _HOOKS = "moe_depth_hooks"
 
@@ -42,9 +41,9 @@ def attach_depth(model: nn.Module, num_layers: int, anchors: tuple[int, ...]) ->
             module.__dict__[ATTRIBUTE] = state
             handles += [
                 module.register_forward_pre_hook(_open if module is model else _open_part, with_kwargs=True),
-                # what is recorded must be there before the routing hooks close the context
+                # what is recorded, and the losses, must be there before the routing hooks close the context
                 module.register_forward_hook(_before_close, always_call=True, prepend=True),
-                module.register_forward_hook(_close, with_kwargs=True, always_call=True),
+                module.register_forward_hook(_close, always_call=True),
             ]
         model.__dict__[_HOOKS] = tuple(handles)
         if hasattr(type(model), "generate"):
@@ -75,26 +74,14 @@ def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _before_close(module: nn.Module, args: tuple, output: Any) -> None:
     state: DepthState = module.__dict__[ATTRIBUTE]
-    if state.under_way is module:
+    if state.under_way is module and output is not None:
         state.before_close()
 
 
-def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def _close(module: nn.Module, args: tuple, output: Any) -> None:
     state: DepthState = module.__dict__[ATTRIBUTE]
-    if state.under_way is not module:
-        return None
-    state.close()
-    if output is None or not state.traces or not (module.training and torch.is_grad_enabled()):
-        return None
-    losses = state.losses()
-    state.routing.context.closed_losses.update({name: loss for name, (_, loss) in losses.items()})
-    terms = [coefficient * loss for coefficient, loss in losses.values() if coefficient]
-    loss = getattr(output, "loss", None)
-    if loss is None or not terms:
-        return None
-    share = loss_share(module, named_arguments(module, args, kwargs))
-    output.loss = loss + share * torch.stack(terms).sum().to(loss.device)
-    return output
+    if state.under_way is module:
+        state.close()
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -102,8 +89,6 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     state: DepthState = model.__dict__[ATTRIBUTE]
     generation_config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     chunk = kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None))
-    if chunk is not None:
-        _warn_chunks(chunk)
     # a compiled decoding step cannot branch on a route
     if kwargs.get("generation_config") is not None:
         kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
@@ -116,6 +101,8 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     prompt = args[0] if args and prompt is None else prompt
     previous, state.in_generate = (state.in_generate, state.prompt_width), True
     state.prompt_width = None if prompt is None else prompt.shape[1]
+    if chunk is not None and (state.prompt_width is None or state.prompt_width > chunk) and state.reads_prompt():
+        _warn_chunks(state, chunk)
     state.carrier = CarriedDecisions()
     try:
         return type(model).generate(model, *args, **kwargs)
@@ -123,9 +110,11 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state.in_generate, state.prompt_width = previous
 
 
-@functools.cache
-def _warn_chunks(chunk: int) -> None:
-    warnings.warn(
-        f"moe_kit: with prefill_chunk_size={chunk} a sequence's layer routes are decided on its first chunk.",
-        stacklevel=3,
-    )
+def _warn_chunks(state: DepthState, chunk: int) -> None:
+    """Say once a model that decisions see less than the prompt."""
+    if not state.warned_chunks:
+        state.warned_chunks = True
+        warnings.warn(
+            f"moe_kit: with prefill_chunk_size={chunk} a sequence's layer routes are decided on its first chunk.",
+            stacklevel=4,
+        )

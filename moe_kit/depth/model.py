@@ -10,10 +10,11 @@ from torch import nn
 
 from moe_kit.depth.config import EXECUTE, SKIP, LayerRoutingConfig
 from moe_kit.depth.hooks import attach_depth, detach_depth
-from moe_kit.depth.routers import FixedRouter, evenly_spaced
+from moe_kit.depth.routers import FixedRouter, fixed_layers
 from moe_kit.depth.swap import swap_in, swap_out
 from moe_kit.depth.unit import DepthUnit
 from moe_kit.errors import ConfigError
+from moe_kit.hf.delivery import announce
 from moe_kit.hf.hooks import detach
 from moe_kit.hf.layers import UNIT, DecoderLayers, find_attention, find_decoder_layers, find_mlp, text_config
 from moe_kit.hf.registration import register
@@ -35,7 +36,7 @@ def routed_layers(config: LayerRoutingConfig, found: DecoderLayers) -> list[int]
         ConfigError: if an index is out of range or nothing is left to route.
     """
     count = len(found.layers)
-    for name in ("layers", "skip_layers"):
+    for name in ("layers", "skip_layers", "skip_order"):
         bad = [index for index in getattr(config, name) or [] if not 0 <= index < count]
         if bad:
             raise ConfigError(f"{name} names {bad}, but the model has layers 0 to {count - 1}.")
@@ -53,6 +54,8 @@ def routed_layers(config: LayerRoutingConfig, found: DecoderLayers) -> list[int]
     missing = sorted(set(config.skip_layers or []) - set(chosen))
     if missing:
         raise ConfigError(f"skip_layers names {missing}, which are not routed; routed are {chosen}.")
+    if config.skip_order is not None and sorted(config.skip_order) != chosen:
+        raise ConfigError(f"skip_order is {config.skip_order}, expected every routed layer once: {chosen}.")
     return chosen
 
 
@@ -88,6 +91,9 @@ class LayerRoutingModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: LayerRoutingConfig, model_config: dict) -> LayerRoutingConfig:
         self._targets(self.model, peft_config)
+        if peft_config.router == "fixed" and peft_config.skip_layers is not None:
+            # what the named layers amount to
+            peft_config.budget = len(peft_config.skip_layers) / len(routed_layers(peft_config, self._depth_found))
         return peft_config
 
     def _check_target_module_exists(self, peft_config: LayerRoutingConfig, key: str) -> bool:
@@ -108,6 +114,8 @@ class LayerRoutingModel(BaseTuner):
     ) -> None:
         found = self._depth_found
         state = attach_depth(self.model, len(found.layers), found.anchors)
+        if peft_config.losses:
+            announce(self.model)
         kind, index = self._depth_targets[current_key]
         state.configs[adapter_name] = peft_config
         units = state.units.setdefault(adapter_name, {})
@@ -132,9 +140,7 @@ class LayerRoutingModel(BaseTuner):
     def _fixed(self, config: LayerRoutingConfig, index: int) -> FixedRouter | None:
         if config.router != "fixed":
             return None
-        skipped = config.skip_layers
-        if skipped is None:
-            skipped = evenly_spaced(routed_layers(config, self._depth_found), config.budget)
+        skipped = fixed_layers(config, routed_layers(config, self._depth_found))
         return FixedRouter(SKIP if index in skipped else EXECUTE)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

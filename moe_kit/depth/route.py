@@ -113,6 +113,26 @@ class Route:
                 )
 
 
+def refuse_others(sites: Mapping[str, Tensor], prefix: str, own: str | None) -> None:
+    """Refuse a cache that other layer routers filled: keys of what they skipped are missing, others too many.
+
+    Args:
+        sites: decisions that ride on the cache.
+        prefix: of the sites that hold layer routes.
+        own: site of the active adapter, or None.
+
+    Raises:
+        RoutingError: if another adapter did anything but execute.
+    """
+    for site, table_BU in sites.items():
+        if site.startswith(prefix) and site != own and bool(((table_BU != EXECUTE) & (table_BU != UNDECIDED)).any()):
+            present = "no layer router is active" if own is None else f"{own.removeprefix(prefix)!r} is active"
+            raise RoutingError(
+                f"the cache was filled under routes of the layer router {site.removeprefix(prefix)!r}, now {present}: a "
+                "cache continues with the routes it was filled with; activate that router again, or use a fresh cache."
+            )
+
+
 def repeat_rows(value: list[int], batch: int) -> list[int]:
     """Rows of a per-row value for a batch; a batch that is a multiple repeats each row (beams).
 

@@ -39,8 +39,9 @@ class Affine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [..., width_out]."""
-        return functional.linear(x, self.weight, self.bias)
+        """Return [..., width_out], computed in float32 whatever dtype the model was cast to."""
+        bias = None if self.bias is None else self.bias.float()
+        return functional.linear(x, self.weight.float(), bias)
 
 
 class Score(nn.Module):
@@ -161,7 +162,7 @@ class Forecaster(nn.Module):
         Returns:
             [..., D] in the input's dtype.
         """
-        return self.up(functional.silu(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
+        return self.up(functional.silu(self.down(x.float()))).to(x.dtype)
 
 
 def pooled_logits(
@@ -258,6 +259,28 @@ def _softmax(score: list[float]) -> list[float]:
     powers = [math.exp(value - top) for value in score]
     total = sum(powers)
     return [power / total for power in powers]
+
+
+def fixed_layers(config: LayerRoutingConfig, routed: list[int]) -> set[int]:
+    """Layers that a fixed router skips: those it names, else its budget's share in its order, else evenly spaced.
+
+    Args:
+        config: the configuration.
+        routed: the routed layers in order.
+
+    Returns:
+        Their indices.
+
+    Example:
+        >>> config = LayerRoutingConfig.from_preset("static", budget=0.5, skip_order=[2, 4, 1, 3])
+        >>> sorted(fixed_layers(config, [1, 2, 3, 4]))
+        [2, 4]
+    """
+    if config.skip_layers is not None:
+        return set(config.skip_layers)
+    if config.skip_order is not None:
+        return set(config.skip_order[: round(config.budget * len(routed))])
+    return evenly_spaced(routed, config.budget)
 
 
 def evenly_spaced(columns: list[int], rate: float) -> set[int]:

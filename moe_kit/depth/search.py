@@ -33,6 +33,8 @@ def search_paths(
     config: SearchConfig | None = None,
     output: str | FilePath | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    digests: Sequence[str] | None = None,
+    source: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Search the labels of several questions in lock-step.
 
@@ -47,23 +49,37 @@ def search_paths(
             beside it, in `<output>.evaluations`, so that a resumed search repeats none; `<output>.stats.json` gets
             the statistics.
         progress: called with each label.
+        digests: what tells each question from another of the same name; kept with its label.
+        source: what else the scores depend on, such as the model and the scorer: plain values.
 
     Returns:
         Labels in the order of the questions.
 
     Raises:
-        ConfigError: if ids repeat or no layer is routable.
-        CheckpointError: if `output` was written with other settings.
+        ConfigError: if ids repeat, digests are not one a question, or no layer is routable.
+        CheckpointError: if `output` was written with other settings, from another source, or about other questions.
     """
     config = config or SearchConfig()
     if len(set(question_ids)) != len(question_ids):
         raise ConfigError("question ids repeat: each tree needs a name of its own.")
+    if digests is not None and len(digests) != len(question_ids):
+        raise ConfigError(f"{len(digests)} digests were given for {len(question_ids)} questions.")
     if not routable or not all(0 <= layer < num_layers for layer in routable):
         raise ConfigError(f"routable is {list(routable)}, expected layers in [0, {num_layers - 1}], at least one.")
-    log = SearchLog(output, {**asdict(config), "batch_size": 0, "num_layers": num_layers, "routable": sorted(routable)})
+    asked = {**asdict(config), "batch_size": 0, "num_layers": num_layers, "routable": sorted(routable)}
+    known = {} if digests is None else dict(zip(question_ids, digests))
+    log = SearchLog(output, {**asked, "source": source}, known)
     labels = dict(log.labels)
     waiting = iter([index for index, name in enumerate(question_ids) if name not in labels])
     active: list[tuple[int, Tree]] = []
+
+    def end(tree: Tree) -> None:
+        digest = {} if digests is None else {"digest": known[tree.question_id]}
+        label = labels[tree.question_id] = {**tree.label(), **digest}
+        log.write_label(label)
+        if progress is not None:
+            progress(label)
+
     try:
         while True:
             rows: list[tuple[int, Tree, Path]] = []
@@ -73,10 +89,7 @@ def search_paths(
                 if path is not None:
                     rows.append((index, tree, path))
                 else:
-                    labels[tree.question_id] = tree.label()
-                    log.write_label(labels[tree.question_id])
-                    if progress is not None:
-                        progress(labels[tree.question_id])
+                    end(tree)
             if not rows:
                 if not active:
                     break
@@ -87,10 +100,7 @@ def search_paths(
                 log.write_score(tree.question_id, path, score)
                 tree.learn(score)
                 if tree.done:
-                    labels[tree.question_id] = tree.label()
-                    log.write_label(labels[tree.question_id])
-                    if progress is not None:
-                        progress(labels[tree.question_id])
+                    end(tree)
     finally:
         log.close()
     ordered = [labels[name] for name in question_ids]
@@ -112,5 +122,5 @@ def _refill(
         if index is None:
             break
         name = question_ids[index]
-        active.append((index, Tree(name, num_layers, routable, config, log.scores.setdefault(name, {}))))
+        active.append((index, Tree(name, num_layers, routable, config, log.begin(name))))
     return active

@@ -1,13 +1,13 @@
 """What a search keeps on disk: every evaluation and every label, so that a killed search goes on where it stopped.
 
 Labels are JSONL, one object a question; evaluations lie beside them in `<output>.evaluations`, whose first line holds the
-settings; `<output>.stats.json` sums the labels up.
+settings, and which names each question's digest before its first evaluation; `<output>.stats.json` sums the labels up.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -45,20 +45,25 @@ class SearchLog:
     Args:
         output: JSONL file of labels; None keeps nothing.
         settings: what the search was asked for; a log of other settings is not continued.
+        digests: question -> what tells it from another of the same name.
 
     Attributes:
         labels: question -> its label, of trees that ended.
         scores: question -> path -> score.
 
     Raises:
-        CheckpointError: if the file was written with other settings or is damaged.
+        CheckpointError: if the file was written with other settings, about other questions, or is damaged.
     """
 
-    def __init__(self, output: str | FilePath | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, output: str | FilePath | None, settings: dict[str, Any], digests: Mapping[str, str] | None = None
+    ) -> None:
+        self.digests = digests or {}
         self.labels: dict[str, dict[str, Any]] = {}
         self.scores: dict[str, dict[Path, float]] = {}
         self.path = None if output is None else FilePath(output)
         self._files: list[Any] = []
+        self._begun: set[str] = set()
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,8 +75,17 @@ class SearchLog:
                 f"{self.path} was searched with {lines[0].get('settings')}, now asked for {settings}: use another output "
                 "or remove the old one."
             )
+        begun = {line["id"]: line["digest"] for line in lines[1:] if "digest" in line}
+        other = [name for name, digest in self.digests.items() if begun.get(name, digest) != digest]
+        if other:
+            raise CheckpointError(
+                f"{self.path} was searched for other questions of the same names: {len(other)}, {other[0]} say. Use another "
+                "output, or remove the old one."
+            )
         for line in lines[1:]:
-            self.scores.setdefault(line["id"], {})[tuple(line["actions"])] = line["score"]
+            if "score" in line:
+                self.scores.setdefault(line["id"], {})[tuple(line["actions"])] = line["score"]
+        self._begun = set(begun)
         self.labels = {line["id"]: line for line in complete_lines(self.path)} if lines else {}
         self._files = [evaluations.open("a"), self.path.open("a" if lines else "w")]
         if not lines:
@@ -81,6 +95,20 @@ class SearchLog:
         if self._files:
             self._files[which].write(json.dumps(value) + "\n")
             self._files[which].flush()
+
+    def begin(self, name: str) -> dict[Path, float]:
+        """The known scores of a question, which is noted before its first evaluation.
+
+        Args:
+            name: the question.
+
+        Returns:
+            Path -> score; to be added to.
+        """
+        if name in self.digests and name not in self._begun:
+            self._begun.add(name)
+            self._write(0, {"id": name, "digest": self.digests[name]})
+        return self.scores.setdefault(name, {})
 
     def write_score(self, name: str, path: Path, score: float) -> None:
         """Keep an evaluation.

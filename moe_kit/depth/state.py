@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, SKIP, LayerRoutingConfig
 from moe_kit.depth.losses import LOSSES, Trace
-from moe_kit.depth.route import Route, check_record, repeat_rows
+from moe_kit.depth.registered import Quiet, hand_over
+from moe_kit.depth.route import Route, check_record, refuse_others, repeat_rows
 from moe_kit.depth.windows import Windows
-from moe_kit.errors import RoutingError
+from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.hf.cache import CarriedDecisions, ensure_carrier
 from moe_kit.hf.hooks import HookedRouting
 from moe_kit.routing.decision import Routing
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "moe_depth_state"
 _SITE = "moe_depth."
+# among the notes of a carrier: the adapter for which the routes of others were looked at
+_ALONE = ("moe_depth", "alone")
 
 
 class DepthState:
@@ -45,7 +48,9 @@ class DepthState:
         executing: units that are known to execute for every row of the present pass, and need not be asked.
         skipping: decoder layers that are known to be skipped by every row of the present pass.
         traces: what units decided in the present training pass.
-        foreign: True if the cache of the present pass was filled without layer routes.
+        foreign: True if the cache of the present pass was filled without routes of the active adapter.
+        router_logits: the caller of the present pass asked a mixture-of-experts base for its routers' logits.
+        blind: a unit whose trainable router decided without a graph in the present training pass, else None.
         decisions: column -> what the tokens of the present pass do there (token scope).
         decided_now: whether a unit decided in the present pass.
         under_way: the module whose forward pass is under way.
@@ -58,6 +63,7 @@ class DepthState:
         self.forced: Tensor | None = None
         self.in_generate = False
         self.prompt_width: int | None = None
+        self.warned_chunks = False
         self._forget()
 
     def _forget(self) -> None:
@@ -68,7 +74,8 @@ class DepthState:
         self.traces: list[Trace] = []
         self.decisions: dict[int, TokenDecision] = {}
         self.row_keys_B: Tensor | None = None
-        self.foreign = False
+        self.foreign = self.router_logits = False
+        self.blind: DepthUnit | None = None
         self.under_way: nn.Module | None = None
         self._cache: Any = None
         self._pooling: dict[tuple, Any] = {}
@@ -90,7 +97,7 @@ class DepthState:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.forced, self.in_generate, self.prompt_width = None, False, None
+        self.forced, self.in_generate, self.prompt_width, self.warned_chunks = None, False, None, False
         self._forget()
 
     def num_columns(self, adapter: str) -> int:
@@ -116,6 +123,13 @@ class DepthState:
                 return adapter
         return None
 
+    def reads_prompt(self) -> bool:
+        """Whether the next request's routes will be decided by routers that read its prompt."""
+        adapter = self._active()
+        if adapter is None or self.forced is not None or self.routing.overrides.get("replay") is not None:
+            return False
+        return self.configs[adapter].scope == "sequence" and self.configs[adapter].router != "fixed"
+
     # a pass
 
     def open(self, module: nn.Module, arguments: dict[str, Any]) -> None:
@@ -126,21 +140,25 @@ class DepthState:
             arguments: its arguments by name.
 
         Raises:
-            RoutingError: if the pass goes on with a cache of other rows, or is asked for other routes than its cache has.
+            RoutingError: if the pass goes on with a cache of other rows, or is asked for other routes than its cache has,
+                or the cache has routes of an adapter that is not active.
         """
         self.under_way = module
         self.traces, self.decisions, self._pooling, self._cache = [], {}, {}, None
-        self._used, self.decided_now = None, False
+        self._used, self.decided_now, self.blind = None, False, None
         self.executing = self.skipping = frozenset()
         if not (self.in_generate and self.carrier.sites):
             self.carrier = CarriedDecisions()
             self.row_keys_B = None
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-        self._board(arguments.get("past_key_values"))
+        adapter = self._active()
+        self.router_logits = adapter is not None and _asks_router_logits(module, arguments)
+        self._board(adapter, arguments.get("past_key_values"))
         if tokens is not None:
             self._mark_candidates(tokens)
-            self._continue(tokens.shape[0])
+            if adapter is not None:
+                self._continue(adapter, tokens.shape[0])
         if self.row_keys_B is None and any(config.router == "random" for config in self.configs.values()):
             self.row_keys_B = _row_keys(arguments, self.routing.context.prompt_mask_BS, self.routing.context.mask_BS)
 
@@ -152,24 +170,30 @@ class DepthState:
         prompt_BS = (torch.arange(tokens.shape[1], device=tokens.device) < width).expand(tokens.shape[0], -1)
         context.prompt_mask_BS = prompt_BS if context.mask_BS is None else prompt_BS & context.mask_BS
 
-    def _board(self, cache: Any) -> None:
+    def _board(self, adapter: str | None, cache: Any) -> None:
         """Put a carrier on the cache of this pass before the pass writes to it."""
         self.foreign = False
         if cache is None:
             return
         self._cache, self.carrier = cache, ensure_carrier(cache, self.num_layers)
-        if self.units and not any(site.startswith(_SITE) for site in self.carrier.sites):
+        carrier = self.carrier
+        own = None if adapter is None else _SITE + adapter
+        if own is not None and own not in carrier.sites:
             # what other routes computed cannot be continued on these
             self.foreign = int(cache.get_seq_length()) > 0
+        # once for each adapter that goes on with the cache, not at every step
+        if carrier.notes.get(_ALONE, ()) != own:
+            refuse_others(carrier.sites, _SITE, own)
+            carrier.notes[_ALONE] = own
 
-    def _continue(self, batch: int) -> None:
+    def _continue(self, adapter: str, batch: int) -> None:
         """Check once, not at every unit, that the pass may go on with its request, and note what just executes."""
-        adapter, replay = self._active(), self.routing.context.replay
-        if adapter is not None and replay is not None and replay is not self._checked:
+        replay = self.routing.context.replay
+        if replay is not None and replay is not self._checked:
             check_record(replay, adapter, self.units[adapter], self.configs[adapter])
             self._checked = replay
-        route = None if adapter is None else self._find(adapter, self.carrier)
-        if adapter is None or route is None:
+        route = self._find(adapter, self.carrier)
+        if route is None:
             return
         route.check_rows(batch)
         units = self.units[adapter]
@@ -189,13 +213,26 @@ class DepthState:
         return self.routing.context.replay if self.forced is None else self.forced
 
     def before_close(self) -> None:
-        """The model has run: let recording and metrics see the route, with one copy to the device for all units."""
-        if self._used is None:
-            return
-        (adapter, route, device), context = self._used, self.routing.context
-        units = self.units[adapter]
+        """The model has run: let recording, metrics and the trainer see what was decided.
+
+        Raises:
+            ConfigError: if a router that is to learn decided without a graph (reentrant checkpointing).
+        """
+        if self.blind is not None and torch.is_grad_enabled():
+            raise ConfigError(
+                f"{self.blind.path}: the layer router decided without a graph in a training pass and would not learn: "
+                "gradient checkpointing is reentrant. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        if self._used is not None:
+            self._register(*self._used)
+        if self.traces and torch.is_grad_enabled():
+            hand_over(self.routing.context, self.losses())
+
+    def _register(self, adapter: str, route: Route, device: torch.device) -> None:
+        """Show the route of a request, with one copy to the device for all units."""
+        context, units = self.routing.context, self.units[adapter]
         route.settle(units)
-        if not context.is_open or not (self.decided_now or self.routing.record is not None):
+        if not context.is_open or not (self.decided_now or self.traces or self.routing.record is not None):
             return
         ids_BU = route.table_BU.to(device)
         ones_B1 = torch.ones(route.batch, 1, device=device)
@@ -299,17 +336,9 @@ class DepthState:
         }
 
 
-class Quiet:
-    """Stands for a router that has no balance losses.
-
-    Args:
-        training: whether its unit is in training mode.
-    """
-
-    losses: dict = {}
-
-    def __init__(self, training: bool) -> None:
-        self.training = training
+def _asks_router_logits(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    asked = arguments.get("output_router_logits")
+    return bool(getattr(getattr(module, "config", None), "output_router_logits", False) if asked is None else asked)
 
 
 def _row_keys(arguments: dict[str, Any], prompt_BS: Tensor | None, mask_BS: Tensor | None) -> Tensor | None:

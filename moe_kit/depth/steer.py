@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, REPEAT, SKIP, check_budget
 from moe_kit.depth.route import UNDECIDED
-from moe_kit.depth.routers import FixedRouter, evenly_spaced
+from moe_kit.depth.routers import FixedRouter, fixed_layers
 from moe_kit.depth.state import DepthState, find_depth_state
-from moe_kit.errors import RoutingError
+from moe_kit.errors import ConfigError, RoutingError
 
 
 @contextmanager
@@ -121,22 +121,30 @@ def set_budget(model: nn.Module, budget: float) -> None:
         model: a model with layer routers.
         budget: by the config's `budget_kind`. interpolation: p in [-1, 1], towards skipping below 0 and repeating
             above, 0 leaves the router alone. threshold: a unit executes iff P(execute) >= p in [0, 1]. rate: share of
-            the routed units to skip, in [0, 1] (static and random routers).
+            the routed units to skip, in [0, 1] (static and random routers); static routers skip the first of
+            `skip_order`, or evenly spaced layers without one.
 
     Raises:
-        ConfigError: if the budget is outside its range.
+        ConfigError: if the budget is outside its range, or a static router has its layers named (`skip_layers`) and
+            the budget asks for more or fewer.
         RoutingError: if the model has no active layer routers.
     """
     state = find_depth_state(model)
     adapter = state.active()
     config = state.configs[adapter]
     check_budget(config.budget_kind, budget)
+    units = state.units[adapter]
+    layers = sorted({unit.layer for unit in units.values()})
+    named = config.skip_layers
+    if config.router == "fixed" and named is not None and round(budget * len(layers)) != len(named):
+        raise ConfigError(
+            f"budget {budget:g} asks this static router to skip {round(budget * len(layers))} of {len(layers)} layers, but "
+            f"skip_layers names {named}, in no order: give `skip_order` (least important first, as the phase "
+            "`importance` measures it), or neither for evenly spaced layers."
+        )
     config.budget = float(budget)
     if config.router == "fixed":
-        units = state.units[adapter]
-        layers = sorted({unit.layer for unit in units.values()})
-        skipped = evenly_spaced(layers, config.budget)
-        config.skip_layers = None
+        skipped = fixed_layers(config, layers)
         for unit in units.values():
             router = unit.moe_depth_router[adapter]
             assert isinstance(router, FixedRouter)

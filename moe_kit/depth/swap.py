@@ -68,9 +68,10 @@ def _rebuild(base: type) -> nn.Module:
     return cls.__new__(cls)
 
 
-def swap_in(module: nn.Module, unit: nn.Module) -> None:
+def swap_in(module: nn.Module, unit: Any) -> None:
     """Put a unit into a module and its forward under the unit's control."""
     module.add_module(UNIT, unit)
+    unit.host = [module]
     module.__class__ = routed_class(type(module))
 
 

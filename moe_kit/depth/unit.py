@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from moe_kit.depth.config import EXECUTE, LayerRoutingConfig
 from moe_kit.depth.execute import Call, run_rows
+from moe_kit.depth.registered import Quiet
 from moe_kit.depth.routers import ActionRouter, FixedRouter, Forecaster
 from moe_kit.depth.rows import decide_rows
 from moe_kit.depth.sparse import run_tokens
-from moe_kit.depth.state import DepthState, Quiet
+from moe_kit.depth.state import DepthState
 from moe_kit.depth.tokens import decide_tokens
 from moe_kit.errors import RoutingError
 from moe_kit.routing.decision import Routing
@@ -54,6 +55,8 @@ class DepthUnit(nn.Module, BaseTunerLayer):
         # adapter -> the layer's unit whose token decision this sub-layer obeys; in a list, so that it is no child
         self.leaders: dict[str, list[DepthUnit]] = {}
         self._active_name: tuple[Any, str | None] = ((), None)
+        # the routed module; in a list, so that it is no child
+        self.host: list[nn.Module] = []
 
     def update_layer(
         self, adapter_name: str, config: LayerRoutingConfig, router: nn.Module | None, leader: DepthUnit | None = None
@@ -112,6 +115,17 @@ class DepthUnit(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Nothing is ever merged."""
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT calls this after loading; a unit wraps nothing, so the routed module says where, and dtypes stay."""
+        if device is None:
+            own = {id(parameter) for parameter in self.parameters()}
+            host = (p for p in self.host[0].parameters() if id(p) not in own and not p.is_meta)
+            device = next((parameter.device for parameter in host), None)
+        for container in (self.moe_depth_router, self.moe_depth_forecaster):
+            held = container[adapter_name] if adapter_name in container else None  # noqa: SIM401
+            if held is not None and device is not None and not any(p.is_meta for p in held.parameters()):
+                held.to(device)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a route is no constant matrix."""
         return False
@@ -150,14 +164,28 @@ class DepthUnit(nn.Module, BaseTunerLayer):
                 return self.mix(adapter, call, x_BSD, gate_B)
         if plan.uniform == EXECUTE:
             return call(x_BSD)
+        self._refuse_router_logits()
         return run_rows(call, x_BSD, plan, state.carrier, self.forecaster(adapter))
 
     def learning(self, adapter: str) -> bool:
         """Whether the router is being trained: else its decisions are hard, also while other adapters learn."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.training:
             return False
         router = self.moe_depth_router[adapter] if adapter in self.moe_depth_router else None  # noqa: SIM401
-        return isinstance(router, ActionRouter) and router.scorer.last.weight.requires_grad
+        trainable = isinstance(router, ActionRouter) and router.scorer.last.weight.requires_grad
+        if trainable and not torch.is_grad_enabled():
+            # harmless in a pass without gradients, else the state refuses it
+            self.state.blind = self
+            return False
+        return trainable
+
+    def _refuse_router_logits(self) -> None:
+        if self.state.router_logits and self.kind != "attention":
+            raise RoutingError(
+                f"{self.path}: output_router_logits=True, but a token or row does not run this unit exactly once: the "
+                "base model's balance loss needs the logits of every token in every layer. Call it with "
+                "output_router_logits=False, or execute everything (set_budget, force_layers)."
+            )
 
     def forecaster(self, adapter: str) -> nn.Module | None:
         """The module that stands in for this unit under an adapter, if it has one."""
@@ -192,6 +220,8 @@ class DepthUnit(nn.Module, BaseTunerLayer):
                 return call(x_BSD)
         else:
             decision = self.state.decisions[leader.column]
+        if not decision.blend and decision.running < decision.action_T.shape[0]:
+            self._refuse_router_logits()
         return run_tokens(call, x_BSD, decision, self.forecaster(adapter))
 
     def register_tokens(self, adapter: str, action_T: Tensor, mask_T: Tensor | None) -> None:

@@ -23,13 +23,15 @@ from moe_kit.depth.calibrate import calibrate_budget
 from moe_kit.depth.fit import FitConfig, fit_end_to_end, fit_forecasters, fit_others, fit_policy, fit_supervised
 from moe_kit.depth.loop import Keeper
 from moe_kit.depth.measure import layer_importance
+from moe_kit.depth.routers import fixed_layers
 from moe_kit.depth.search import read_labels
 from moe_kit.depth.state import find_depth_state
+from moe_kit.depth.steer import set_budget
 from moe_kit.errors import CheckpointError, ConfigError
 from moe_kit.hf.saving import save_adapters
 from moe_kit.training.depth_data import DEPTH, LORA, OpenRecipe, example_batches, inputs_of, open_recipe
 from moe_kit.training.depth_evaluation import evaluate_layers
-from moe_kit.training.depth_labels import search_layers
+from moe_kit.training.depth_labels import digest_of, search_layers
 from moe_kit.training.depth_progress import FOLDER, Progress
 from moe_kit.training.depth_recipe import DepthRecipe, PhaseConfig, SearchSection, load_depth_recipe, settings_of
 from moe_kit.training.encoding import Collator, EncodedExamples
@@ -197,11 +199,18 @@ def _run_phase(
 
 
 def _supervised(work: OpenRecipe, phase: PhaseConfig, config: FitConfig, step: Callable, keeper: Keeper) -> list[float]:
-    labels = {label["id"]: label["actions"] for label in read_labels(work.recipe.search.output)}
-    examples = [example for example in work.train if example.example_id in labels]
+    found = {label["id"]: label for label in read_labels(work.recipe.search.output)}
+    examples = [example for example in work.train if example.example_id in found]
     if not examples:
         raise CheckpointError(
             f"{work.recipe.search.output} labels none of the training examples: search with this recipe's data section."
+        )
+    labels = {name: label["actions"] for name, label in found.items()}
+    other = [e.example_id for e in examples if found[e.example_id].get("digest") != digest_of(e, work.recipe.data)]
+    if other:
+        raise CheckpointError(
+            f"{work.recipe.search.output} labels other questions than this recipe's under the same names: {len(other)}, "
+            f"{other[0]} say. Search with this recipe's data section, into another file."
         )
     rows = EncodedExamples(examples, work.tokenizer, work.recipe.data)
     collate = Collator(pad_token_id=work.tokenizer.pad_token_id, answer_logits_only=False)
@@ -238,7 +247,7 @@ def skip_least_important(work: OpenRecipe, batches: list[dict[str, Tensor]]) -> 
     config, units = state.configs[DEPTH], state.units[DEPTH]
     influence = layer_importance(work.model, batches)
     order = sorted({unit.layer for unit in units.values()}, key=lambda index: float(influence[index]))
-    config.skip_layers = sorted(order[: round(config.budget * len(order))])
-    for unit in units.values():
-        unit.moe_depth_router[DEPTH].action.fill_(0 if unit.layer in config.skip_layers else 1)
-    return config.skip_layers
+    # the order stays with the router, so that another budget skips the least important layers too
+    config.skip_layers, config.skip_order = None, order
+    set_budget(work.model, config.budget)
+    return sorted(fixed_layers(config, sorted(order)))

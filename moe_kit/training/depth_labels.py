@@ -5,6 +5,8 @@ Shapes: B rows, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from moe_kit.training.data import Example
 from moe_kit.training.depth_data import DEPTH, OpenRecipe, inputs_of, open_recipe
 from moe_kit.training.depth_recipe import DepthRecipe, settings_of
 from moe_kit.training.encoding import Collator, EncodedExamples, encode_prompt
+from moe_kit.training.recipe import DataConfig
 
 
 def search_layers(
@@ -35,7 +38,8 @@ def search_layers(
 
     Raises:
         ConfigError: if the preset cannot be searched (it needs whole layers per sequence).
-        CheckpointError: if the output was written with other settings.
+        CheckpointError: if the output was written with other settings, by another model or scorer, or about other
+            questions of the same names.
     """
     config = LayerRoutingConfig.from_preset(recipe.preset, **recipe.settings)
     if config.units != "layer" or config.scope != "sequence":
@@ -64,8 +68,29 @@ def search_layers(
         config=settings_of(SearchConfig, settings, "search.settings"),
         output=recipe.search.output,
         progress=step,
+        digests=[digest_of(example, recipe.data) for example in examples],
+        source={
+            "model": recipe.model.name,
+            "base_adapter": recipe.base_adapter,
+            "scorer": recipe.search.scorer,
+            "max_new_tokens": recipe.search.max_new_tokens if recipe.search.scorer == "exact" else None,
+        },
     )
     return statistics(labels, state.num_layers)
+
+
+def digest_of(example: Example, data: DataConfig) -> str:
+    """Tells a question from another one of the same name (`task/index`).
+
+    Args:
+        example: the question.
+        data: the data section, whose system prompt stands before it.
+
+    Returns:
+        Sixteen hexadecimal digits of prompt and answer.
+    """
+    content = json.dumps([data.system_prompt, example.messages, example.answer], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _likelihood(work: OpenRecipe, examples: Sequence[Example]) -> Callable:

@@ -28,7 +28,7 @@ from moe_kit.training.results import write_atomically
 FOLDER = "progress"
 _STATE = "state.json"
 # fields of the router's configuration that phases change
-_CHANGING = ("tau", "skip_layers", "budget")
+_CHANGING = ("tau", "skip_layers", "skip_order", "budget")
 
 
 class Progress:

@@ -1,5 +1,6 @@
 """Every shipped layer-router recipe loads, and runs end to end on the tiny model."""
 
+import dataclasses
 import json
 
 import pytest
@@ -63,6 +64,56 @@ def test_exact_scorer_searches_whole_answers(tmp_path):
     recipe = shrunk("dr_llm", tmp_path)
     object.__setattr__(recipe.search, "scorer", "exact")
     assert search_layers(recipe)["evaluations"] >= 6
+
+
+def changed(recipe, **sections):
+    """A recipe with other fields in some sections."""
+    fields = {name: dataclasses.replace(getattr(recipe, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(recipe, **fields)
+
+
+def test_labels_belong_to_their_questions_their_model_and_their_scorer(tmp_path):
+    recipe = shrunk("dr_llm", tmp_path)
+    stats = search_layers(recipe)
+    again = changed(recipe, search=dict(settings=dict(recipe.search.settings, batch_size=2)))
+    assert search_layers(again) == stats
+    for other in (
+        changed(recipe, search=dict(scorer="exact")),
+        changed(recipe, model=dict(name="tiny-other")),
+        changed(recipe, data=dict(system_prompt="Think.")),
+    ):
+        with pytest.raises((CheckpointError, ConfigError)) as refused:
+            search_layers(other)
+        if other.model == recipe.model:
+            assert "was searched" in str(refused.value)
+    with pytest.raises(CheckpointError, match="labels other questions"):
+        train_layers(changed(recipe, data=dict(system_prompt="Think.")))
+    # labels without a digest were not made for anything in particular
+    path = tmp_path / "labels.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "digest"}) + "\n" for line in lines))
+    with pytest.raises(CheckpointError, match="labels other questions"):
+        train_layers(recipe)
+
+
+def test_search_command_shows_progress_and_statistics(tmp_path, capsys):
+    from moe_kit.commands.search_layers import main
+    from moe_kit.training.recipe import recipe_to_yaml
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_to_yaml(shrunk("dr_llm", tmp_path)))
+    main([str(path), "--search.questions", "4"])
+    out = capsys.readouterr().out
+    bar, printed = out[: out.index("{")], out[out.index("{") : out.rindex("}") + 1]
+    assert "4/4" in bar
+    assert "mean layers" in bar
+    stats = json.loads(printed)
+    assert stats["questions"] == stats["kept"] == 4
+    assert sum(stats["class_counts"]) == 4 * stats["num_layers"]
+    assert stats == json.loads((tmp_path / "labels.jsonl.stats.json").read_text())
+    assert f"labels: {tmp_path / 'labels.jsonl'}" in out
+    with pytest.raises(ConfigError, match="needs a recipe"):
+        main(["--search.questions", "4"])
 
 
 def test_wrong_recipes_are_refused(tmp_path):

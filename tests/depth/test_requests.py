@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from moe_kit.depth.state import find_depth_state
 from moe_kit.depth.unit import DepthUnit
 from moe_kit.hf.cache import find_carrier
 from tests.depth.families import padded_batch
-from tests.depth.test_routers import routed
+from tests.depth.test_routers import routed, scramble
 
 ROUTE = [[1, 0, 1, 2, 1]]
 
@@ -170,6 +171,61 @@ def test_a_forced_table_is_the_callers_no_more():
         table.fill_(1)
         model(ids)
         assert layer_applications(model).tolist() == ROUTE
+
+
+def chunk_warnings(model, chunk=5, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.generate(**padded_batch((12,)), max_new_tokens=2, do_sample=False, prefill_chunk_size=chunk, **options)
+    return [str(w.message) for w in caught if "first chunk" in str(w.message)]
+
+
+@torch.no_grad()
+def test_decisions_on_a_first_chunk_are_said_once_a_model():
+    model = routed()
+    with force_layers(model, ROUTE):
+        assert not chunk_warnings(model)
+    with model.disable_adapter():
+        assert not chunk_warnings(model)
+    assert not chunk_warnings(model, chunk=12)
+    assert chunk_warnings(model) == [
+        "moe_kit: with prefill_chunk_size=5 a sequence's layer routes are decided on its first chunk."
+    ]
+    assert not chunk_warnings(model)
+    assert not chunk_warnings(model, chunk=4)
+    assert len(chunk_warnings(routed("first"))) == len(chunk_warnings(routed("random"))) == 1
+
+
+@pytest.mark.parametrize("preset", ["informed", "flexi", "mod", "static"])
+@torch.no_grad()
+def test_what_reads_no_prompt_is_silent_about_chunks(preset):
+    assert not chunk_warnings(routed(preset))
+
+
+@torch.no_grad()
+def test_a_replayed_route_is_obeyed_through_generation():
+    model, greedy = routed(), dict(max_new_tokens=6, do_sample=False)
+    batch = padded_batch((12, 7))
+    with record_routing(model) as record:
+        expected = model.generate(**batch, **greedy)
+    routes = layer_applications(model)
+    assert all(ids.shape == (2, 1) for ids in record.values())
+    # the recorded route is no longer what the routers would choose
+    scramble(model, seed=9)
+    model.generate(**batch, **greedy)
+    assert not torch.equal(layer_applications(model), routes)
+    with replay_routing(model, dict(record)):
+        for options in (
+            {},
+            dict(use_cache=False),
+            dict(cache_implementation="static"),
+            dict(prefill_chunk_size=5),
+        ):
+            assert torch.equal(model.generate(**batch, **greedy, **options), expected), options
+            assert torch.equal(layer_applications(model), routes)
+        assert not find_depth_state(model).warned_chunks, "a replayed route was said to be decided"
+        beams = dict(num_beams=3, **greedy)
+        assert torch.equal(model.generate(**batch, **beams), model.generate(**batch, **beams, use_cache=False))
 
 
 LOGITS = st.lists(st.lists(st.sampled_from([-2.0, 0.0, 0.5, 0.5000001, 3.0]), min_size=3, max_size=3), min_size=1)

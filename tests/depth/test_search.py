@@ -122,9 +122,10 @@ def batched(rows, log=None):
     return [closeness(path, GOALS[index]) for index, path in rows]
 
 
-def labels(output=None, evaluate=batched, **overrides):
+def labels(output=None, evaluate=batched, digests=None, source=None, **overrides):
     config = SearchConfig(**{"simulations": 60, "stop": "never", "correct": 0.7, **overrides})
-    return search_paths(IDS, evaluate, num_layers=LAYERS, routable=ROUTABLE, config=config, output=output)
+    about = dict(num_layers=LAYERS, routable=ROUTABLE, digests=digests, source=source)
+    return search_paths(IDS, evaluate, config=config, output=output, **about)
 
 
 def test_lock_step_finds_what_trees_find_alone():
@@ -177,3 +178,31 @@ def test_other_settings_and_bad_input_are_refused(tmp_path):
         SearchConfig(simulations=0)
     with pytest.raises(CheckpointError, match="no usable labels"):
         read_labels(tmp_path / "none.jsonl")
+
+
+def test_other_questions_scorers_and_models_are_told_apart(tmp_path):
+    source = {"model": "tiny", "scorer": "exact"}
+    path, digests = tmp_path / "a.jsonl", [f"d{name}" for name in IDS]
+    found = labels(path, digests=digests, source=source)
+    assert [label["digest"] for label in found] == digests
+    assert labels(path, digests=digests, source=source) == found
+    for other in (dict(source, scorer="likelihood"), dict(source, model="other"), None):
+        with pytest.raises(CheckpointError, match="was searched with"):
+            labels(path, digests=digests, source=other)
+    with pytest.raises(CheckpointError, match=f"other questions of the same names: 1, {IDS[1]} say"):
+        labels(path, digests=[digests[0], "new", *digests[2:]], source=source)
+    with pytest.raises(ConfigError, match="digests were given"):
+        labels(tmp_path / "b.jsonl", digests=digests[:1])
+
+
+def test_a_search_that_was_cut_off_knows_what_it_was_about(tmp_path):
+    path, digests = tmp_path / "a.jsonl", [f"d{name}" for name in IDS]
+
+    def dying(rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        labels(path, digests=digests, evaluate=dying)
+    with pytest.raises(CheckpointError, match="other questions"):
+        labels(path, digests=["new", *digests[1:]])
+    assert len(labels(path, digests=digests)) == len(IDS)
