@@ -180,6 +180,11 @@ class RoutedAdapterConfig(PeftConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}, expected a value in [0, 1).")
+        if self.dropout and self.bank == "rank_one" and self.score not in ("frozen_sparse", "identity"):
+            raise ConfigError(
+                f"dropout is {self.dropout}, but the experts of bank 'rank_one' have no input of their own under score "
+                f"{self.score!r}: use score 'frozen_sparse', before whose projection it stands, or dropout 0."
+            )
         if self.balance_scope not in ("micro", "global"):
             raise ConfigError(f"balance_scope is {self.balance_scope!r}, expected 'micro' or 'global'.")
         if self.weight == "remix" and self.rank_pattern and self.router_sharing != "none":

@@ -114,7 +114,11 @@ SCORES: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], nn.Module]] = {
 
 def _projection(config: RoutedAdapterConfig, sizes: Sizes) -> nn.Module:
     """The frozen A of rank-one experts, as dense as FlyLoRA has it unless told otherwise."""
-    options = {"density": min(1.0, config.top_k / sizes.slots), **config.score_options}
+    options: dict[str, Any] = {"density": min(1.0, config.top_k / sizes.slots)}
+    if config.bank == "rank_one":
+        # this A is the experts' own: dropout stands before it, where other banks have it before theirs
+        options["dropout"] = config.dropout
+    options |= config.score_options
     return FrozenSparseScore(sizes.width_in, sizes.slots, **options)
 
 

@@ -1,7 +1,7 @@
 r"""Experts of one column each, whose weight is the score itself: `y = base + scale * sum_k (a_k x) b_k`.
 
 The projection `a_k x` is the router's score (`FrozenSparseScore`) and arrives as the weight, so the bank holds B only
-and no explicit router exists.
+and no explicit router exists. Dropout of the experts' input is the score's for the same reason.
 
 Source: FlyLoRA, arXiv 2510.08396.
 

@@ -175,11 +175,21 @@ def _start(state: HookedRouting, module: nn.Module, arguments: dict[str, Any]) -
     context = main_context(module, arguments, state.inputs)
     if state.carries:
         context.carried = _carried(module, arguments)
+        if context.carried is not None and not context.carried:
+            _look_for_chunks()
     state.open(context)
     state.opened_eagerly = not torch.compiler.is_compiling()
     state.encoder_context = None
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         state.encoder_context = encoder_context(context, arguments)
+
+
+def _look_for_chunks() -> None:
+    from moe_kit.hf.chunks import prefill_chunk_size, warn_chunks
+
+    chunk = prefill_chunk_size()
+    if chunk is not None:
+        warn_chunks(chunk, "the experts of a sequence or request")
 
 
 def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -210,6 +210,8 @@ class FrozenSparseScore(nn.Module):
         density: share of non-zeros in a row; FlyLoRA uses k / E.
         seed: of A; None draws from torch's default generator. Adapters that are to be merged by factors share a seed,
             those merged by weight differences want different ones.
+        dropout: probability of dropping an element of x in training, in [0, 1): a LoRA's dropout, which stands before A.
+            What the experts add and which of them are chosen then come from the same dropped x.
 
     Attributes:
         A: float32 buffer [E, D], entries N(0, 1/E^2), saved.
@@ -219,7 +221,9 @@ class FrozenSparseScore(nn.Module):
 
     A: Tensor
 
-    def __init__(self, width: int, num_experts: int, *, density: float = 0.25, seed: int | None = None) -> None:
+    def __init__(
+        self, width: int, num_experts: int, *, density: float = 0.25, seed: int | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if not 0 < density <= 1:
             raise ConfigError(f"density is {density}, expected a value in (0, 1].")
@@ -228,11 +232,13 @@ class FrozenSparseScore(nn.Module):
         places = torch.rand(num_experts, width, generator=generator).argsort(-1)[:, :filled]
         values = torch.randn(num_experts, filled, generator=generator) / num_experts
         self.register_buffer("A", torch.zeros(num_experts, width).scatter(1, places, values))
+        self.dropout = nn.Dropout(dropout) if dropout else None
 
     def forward(self, decisions: Decisions) -> Tensor:
         """A x, float32 [N, E]."""
         with torch.autocast(decisions.x_ND.device.type, enabled=False):
-            return F.linear(decisions.x_ND.float(), self.A.float())
+            x_ND = decisions.x_ND.float()
+            return F.linear(x_ND if self.dropout is None else self.dropout(x_ND), self.A.float())
 
 
 class UniformScore(nn.Module):

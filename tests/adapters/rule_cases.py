@@ -81,6 +81,7 @@ CASES |= {
     ),
     # the surveys' name of FlyLoRA's score
     "flylora/identity": Case("flylora", {"score": "identity"}),
+    "flylora/dropout": Case("flylora", {"dropout": 0.3}, random_in_training=True),
     "flylora/absolute": Case("flylora", {"select_options": {"absolute": True}, "detach_router_input": True}),
     "loss_free/quantile": Case("loss_free", {"stepper_options": {"rule": "quantile", "bins": 50}}),
     "capacity/switch": Case(

@@ -43,6 +43,7 @@ def wrapped(preset="mixture_of_lora", **more):
         ({"expert_layout": [4, 2], "expert_pattern": {"q_proj": 1}}, "only 1 experts"),
         ({"expert_pattern": {"q_proj": True}}, "num_experts for 'q_proj' is True"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"bank": "rank_one", "dropout": 0.1}, "no input of their own under score 'linear'"),
         ({"router_sharing": "layer"}, "router_sharing is 'layer'"),
         ({"causal_leak": "yes"}, "causal_leak is 'yes'"),
         ({"scope": "task"}, "task table needs scope 'task'"),

@@ -1,6 +1,7 @@
 """Generation, padding, input embeddings, packed rows, half precision, autocast, quantised linears, compilation."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 from moe_kit import record_routing, routing_inputs
+from moe_kit.hf.chunks import warn_chunks
 from moe_kit.routing.state import require_routing_state
 from tests.conformance.common import NAME, config, gradients, routed, wake
 from tests.tiny import batch_of, tiny_llama
@@ -77,6 +79,41 @@ class TestGenerate:
         model(input_ids=batch["input_ids"][:, :1], past_key_values=out.past_key_values, use_cache=True)
         for site, routing, _ in context(model).registered:
             assert torch.equal(routing.dense_NE(), first[site])
+
+    @pytest.mark.parametrize("scope", ["sequence", "request"])
+    def test_a_prompt_in_chunks_is_decided_on_the_first(self, scope):
+        """And the user is told, once."""
+        model, batch = routed(scope=scope), prompts(rows=2)
+        options = dict(max_new_tokens=3, do_sample=False)
+        first = {}
+
+        def keep(*_):
+            for site, routing, _ in context(model).registered:
+                first.setdefault(site, routing.dense_NE())
+
+        warn_chunks.cache_clear()
+        handle = model.get_base_model().register_forward_hook(keep)
+        with pytest.warns(UserWarning, match="first 3 tokens of the prompt"):
+            model.generate(**batch, **options, prefill_chunk_size=3)
+        handle.remove()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.generate(**batch, **options, prefill_chunk_size=3)
+        for site, routing, _ in context(model).registered:
+            assert torch.equal(routing.dense_NE(), first[site])
+        model(input_ids=batch["input_ids"][:, :3])
+        for site, routing, _ in context(model).registered:
+            assert_close(site, routing.dense_NE(), first[site])
+
+    @pytest.mark.parametrize(
+        ("scope", "options"),
+        [("token", {"prefill_chunk_size": 3}), ("sequence", {}), ("sequence", {"prefill_chunk_size": 5})],
+    )
+    def test_nothing_is_said_of_chunks_where_they_do_not_matter(self, scope, options):
+        warn_chunks.cache_clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            routed(scope=scope).generate(**prompts(rows=2), max_new_tokens=3, do_sample=False, **options)
 
     @pytest.mark.parametrize("scope", ["token", "sequence", "request"])
     def test_left_padding(self, scope):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PolyConfig, get_peft_model
+from peft import LoraConfig, PolyConfig, get_peft_model
 
 from moe_kit import RoutedAdapterConfig, routing_inputs
 from moe_kit.errors import ConfigError, RoutingError
@@ -175,6 +175,19 @@ def test_flylora_with_all_experts_is_lora_with_a_frozen_a():
     assert_close("y", mixture(x), 2.0 * (x @ mixture.router.scorer.A.T) @ mixture.bank.B[..., 0])
 
 
+def test_dropout_reaches_the_choice_of_flylora():
+    mixture = flylora(2, E)
+    x = torch.randn(1, T, D)
+    quiet = mixture(x)
+    mixture.router.scorer.dropout = torch.nn.Dropout(0.5)
+    torch.manual_seed(8)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    torch.manual_seed(8)
+    loud = mixture.train()(x)
+    assert_close("training", loud, mixture.eval()(dropped))
+    assert_close("evaluation", mixture(x), quiet)
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 def test_flylora_gives_k_columns_a_gradient(absolute):
     mixture = flylora(2, E, absolute=absolute)
@@ -194,6 +207,39 @@ def test_flylora_gradient_to_the_input_on_and_off(detach):
     x = torch.randn(1, T, D, requires_grad=True)
     (mixture(x).sum() + 0 * x.sum()).backward()
     assert (x.grad.abs().sum() == 0) == detach
+
+
+@pytest.mark.parametrize("score", ["frozen_sparse", "identity"])
+def test_flylora_with_all_experts_and_dropout_is_peft_lora(score):
+    """In training, with the same mask: dropout stands where a LoRA has it."""
+    lora = get_peft_model(
+        OneLinear(), LoraConfig(r=E, lora_alpha=10, lora_dropout=0.5, target_modules=["proj"])
+    ).train()
+    config = RoutedAdapterConfig.from_preset(
+        "flylora", target_modules=["proj"], num_experts=E, top_k=E, lora_alpha=10, dropout=0.5, score=score
+    )
+    ours = get_peft_model(OneLinear(), config).train()
+    theirs, layer = lora.base_model.model.proj, ours.base_model.model.proj
+    A = layer.moe_adapter_router["default"].scorer.A
+    with torch.no_grad():
+        A.copy_(torch.randn(E, D))
+        theirs.lora_A["default"].weight.copy_(A)
+        B = torch.randn_like(theirs.lora_B["default"].weight)
+        theirs.lora_B["default"].weight.copy_(B)
+        layer.moe_adapter_bank["default"].B.copy_(B.T[..., None])
+    x = torch.randn(2, T, D)
+    torch.manual_seed(8)
+    expected = theirs(x)
+    torch.manual_seed(8)
+    assert_close("training", layer(x), expected)
+    assert not torch.allclose(layer(x), expected), "another mask"
+    assert_close("evaluation", ours.eval().base_model.model.proj(x), lora.eval().base_model.model.proj(x))
+    # the score has no dropout of its own where the bank has one
+    plain = get_peft_model(
+        OneLinear(),
+        RoutedAdapterConfig.from_preset("mixture_of_lora", target_modules=["proj"], score=score, dropout=0.5),
+    )
+    assert plain.base_model.model.proj.moe_adapter_router["default"].scorer.dropout is None
 
 
 class OneLinear(torch.nn.Module):
