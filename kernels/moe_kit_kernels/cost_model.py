@@ -1,9 +1,11 @@
 """Which implementation of an operator to run: time modelled from static sizes, in plain Python.
 
-On a GPU a stage takes max(FLOPs / peak, memory bytes / bandwidth, L2 bytes / L2 bandwidth), of the kernels as written; on
-the CPU, where a walk over experts pays a call's fixed price many times, max(FLOPs / peak, bytes / bandwidth) and those calls.
+On a GPU a stage takes max(memory bytes / bandwidth, waves * max(FLOPs / peak, L2 bytes / L2 bandwidth)), of the kernels as
+written; on the CPU, where a walk over experts pays a call's fixed price many times, max(FLOPs / peak, bytes / bandwidth) and those calls.
 The routing itself is never looked at, only P, E and the widths: asking costs no wait for a device.
 
+    waves = ceil(tiles / processors) / (tiles / processors), what a last, partly filled round of tiles costs: arithmetic
+            and L2 ports belong to a processor, memory to all of them
     ridge = peak FLOP/s / bandwidth
     down (x A^T):  dense reads x once and computes E*L columns, sorted reads x once a pair and computes L:
                    with GEMMs at the peak dense wins while E*L < K * ridge
@@ -20,7 +22,8 @@ Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -39,8 +42,14 @@ class Device:
     """Main memory stream, byte/s."""
     l2: float = math.inf
     """L2 stream, byte/s; infinity where no stage is bound by it."""
+    cache: int = 0
+    """L2 size, bytes; 0 where no stage depends on it."""
     call: float
     """Fixed time of one call or launch, seconds."""
+    processors: int = 1
+    """Programs that run at once, each with its share of the GEMM rate and of L2: the multiprocessors of a GPU."""
+    capability: int = 0
+    """Compute capability times ten, on which some tiles depend; 0 for a host."""
     host_walk: bool
     """True when sorted execution is a host loop: it pays calls for each expert, and its gathers do not overlap its GEMMs."""
 
@@ -50,8 +59,14 @@ class Device:
         return self.flops / self.bandwidth
 
 
-H100 = Device(name="h100", flops=650e12, narrow_flops=650e12, bandwidth=2.8e12, l2=5.5e12, call=4e-6, host_walk=False)
-A100 = Device(name="a100", flops=250e12, narrow_flops=250e12, bandwidth=1.7e12, l2=4.0e12, call=4e-6, host_walk=False)
+H100 = Device(
+    name="h100", flops=650e12, narrow_flops=650e12, bandwidth=2.8e12, l2=5.5e12, cache=50_000_000, call=4e-6,
+    processors=132, capability=90, host_walk=False,
+)  # fmt: skip
+A100 = Device(
+    name="a100", flops=250e12, narrow_flops=250e12, bandwidth=1.7e12, l2=4.0e12, cache=40_000_000, call=4e-6,
+    processors=108, capability=80, host_walk=False,
+)  # fmt: skip
 CPU = Device(name="cpu", flops=150e9, narrow_flops=60e9, bandwidth=10e9, call=4e-6, host_walk=True)
 
 
@@ -62,11 +77,17 @@ def device_of(device: torch.device) -> Device:
         device: where a call runs.
 
     Returns:
-        `CPU`; on a GPU `A100` up to compute capability 8, else `H100` (their ratio of FLOPs to bytes is what decides).
+        `CPU`; on a GPU the rates of `A100` up to compute capability 8, else of `H100` (their ratio of FLOPs to bytes is
+        what decides), with the multiprocessors and the capability of the GPU itself.
     """
-    if device.type != "cuda":
-        return CPU
-    return A100 if torch.cuda.get_device_capability(device)[0] <= 8 else H100
+    return CPU if device.type != "cuda" else _gpu(device)
+
+
+@lru_cache(maxsize=16)
+def _gpu(device: torch.device) -> Device:
+    major, minor = torch.cuda.get_device_capability(device)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return replace(A100 if major <= 8 else H100, processors=count, capability=10 * major + minor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,12 +196,15 @@ def gpu_stages(shape: LoraShape, device: Device) -> dict[str, float]:
 
     # a row tile reads the whole bank, a column block all of x
     EB, LP = tiles.column_block(E, L)
-    blocks, rows = -(-E // EB), tiles.down_tile(T, E, L)["BM"]
-    dense_down = _gpu_stage(device, 2 * T * blocks * EB * LP * D, x + A + h, x * blocks + A * -(-T // rows) + h)
-    BC, LP = tiles.up_columns(E, L)
-    tile = tiles.up_tile(T, O, slots, linear=False, capability=0)
-    l2 = 2 * y + h * -(-O // tile["BN"]) + B * -(-T // tile["BM"])
-    dense_up = _gpu_stage(device, 2 * T * -(-E * LP // BC) * BC * O, 2 * y + B + h, l2)
+    blocks, row_tiles = -(-E // EB), -(-T // tiles.down_tile(T, E, L, s)["BM"])
+    l2 = x * blocks + A * row_tiles + h
+    dense_down = _gpu_stage(device, 2 * T * blocks * EB * LP * D, x + A + h, l2, row_tiles * blocks)
+    BC, LP = tiles.up_columns(E, L, s)
+    tile = tiles.up_tile(T, O, slots, linear=False, capability=0, itemsize=s)
+    row_tiles, column_tiles = -(-T // tile["BM"]), -(-O // tile["BN"])
+    l2 = 2 * y + h * column_tiles + B * row_tiles
+    flops = 2 * T * -(-E * LP // BC) * BC * O
+    dense_up = _gpu_stage(device, flops, 2 * y + B + h, l2, row_tiles * column_tiles)
 
     # a tile reads its expert's matrix; on average an expert's last tile is half empty
     active = min(E, P)
@@ -189,14 +213,15 @@ def gpu_stages(shape: LoraShape, device: Device) -> dict[str, float]:
     # x once for all pairs of a token while the bank stays in cache, else once a pair
     once = x if tiles.by_token(E, L, D, s) else P * D * s
     reads = P * D * s + count * L * D * s + h
-    sorted_down = _gpu_stage(device, 2 * count * rows * padded * D, once + active * L * D * s + h, reads)
+    sorted_down = _gpu_stage(device, 2 * count * rows * padded * D, once + active * L * D * s + h, reads, count)
     rows = tile_height(T, E)
-    count, tile = slots * (T / rows + min(E, T) / 2), tiles.sorted_tile(rows, L)
-    groups = -(-O // tiles.group_columns(T, s, tile["BN"]))
-    l2 = 2 * P * O * s + h * -(-O // tile["BN"]) + count * L * O * s
-    sorted_up = _gpu_stage(
-        device, 2 * count * rows * -(-L // tile["BL"]) * tile["BL"] * O, 2 * y + active * L * O * s + h, l2
-    )
+    # of one slot, whose launches follow each other
+    count, tile = T / rows + min(E, T) / 2, tiles.sorted_tile(rows, L, s)
+    width = min(O, tiles.group_columns(T, s, tile["BN"]))
+    groups = -(-O // width)
+    l2 = 2 * P * O * s + h * -(-O // tile["BN"]) + slots * count * L * O * s
+    flops = 2 * slots * count * rows * -(-L // tile["BL"]) * tile["BL"] * O
+    sorted_up = _gpu_stage(device, flops, 2 * y + active * L * O * s + h, l2, count * -(-width // tile["BN"]))
     return {
         "dense down": dense_down + device.call,
         "dense up": dense_up + device.call,
@@ -226,6 +251,54 @@ def decode_seconds(shape: LoraShape, device: Device, *, looked_up: bool = True) 
     return parameters / bandwidth + calls * device.call
 
 
+def linear_seconds(shape: LoraShape, device: Device, *, training: bool) -> dict[str, float]:
+    """Model a frozen linear with its experts on a GPU: the base product inside our kernel, or the vendor's GEMM before it.
+
+    The vendor's GEMM is counted generously: operands once from memory, L2 in blocks of 256 x 256, no partly filled round.
+
+    Args:
+        shape: the call's sizes; D and O are the linear's.
+        device: its rates.
+        training: add dx of the backward, in which D and O swap; weight gradients are the same on both sides.
+
+    Returns:
+        Seconds of "fused", dense down and the up product that goes on over the experts' columns, and "separate", the GEMM and
+        the best of the forms of LoRA experts.
+    """
+    fused, separate = _linear_pass(shape, device)
+    if training:
+        swapped = replace(shape, d_in=shape.d_out, d_out=shape.d_in)
+        back = _linear_pass(swapped, device)
+        # dx of the experts is written by itself, and autograd adds it to that of the base
+        added = 2 * shape.tokens * shape.d_in * shape.itemsize / device.bandwidth + device.call
+        fused, separate = fused + back[0], separate + back[1] + added
+    return {"fused": fused, "separate": separate}
+
+
+def _linear_pass(shape: LoraShape, device: Device) -> tuple[float, float]:
+    from moe_kit_kernels.lora_experts import tiles
+
+    T, E, L, D, O, s = shape.tokens, shape.experts, shape.rank, shape.d_in, shape.d_out, shape.itemsize
+    stages = gpu_stages(shape, device)
+    x, W, y, h, B = T * D * s, O * D * s, T * O * s, shape.pairs * L * s, E * L * O * s
+    slots = max(1, -(-shape.pairs // max(1, T)))
+    BC, LP = tiles.up_columns(E, L, s)
+    tile = tiles.up_tile(T, O, slots, linear=True, capability=device.capability, itemsize=s)
+    rows, columns = -(-T // tile["BM"]), -(-O // tile["BN"])
+    flops = 2 * T * O * (D + -(-E * LP // BC) * BC)
+    l2 = (x + h) * columns + (W + B) * rows + y
+    # a row of tiles sweeps W, which comes from memory again for the next row unless it stays in cache
+    swept = W if device.cache >= W else W * rows
+    up = _gpu_stage(device, flops, x + swept + y + h + B, l2, rows * columns)
+    l2 = x * -(-O // 256) + W * -(-T // 256) + y
+    base = _gpu_stage(device, 2 * T * O * D, x + W + y, l2, device.processors)
+    lora = min(dense_seconds(shape, device), mixed_seconds(shape, device), sorted_seconds(shape, device))
+    return stages["dense down"] + up + device.call, base + lora + device.call
+
+
+_TIE = 1.02
+
+
 def choose_lora(shape: LoraShape, device: Device, *, training: bool, looked_up: bool = True) -> str:
     """Choose the implementation of LoRA experts with the least modelled time.
 
@@ -242,7 +315,9 @@ def choose_lora(shape: LoraShape, device: Device, *, training: bool, looked_up: 
     seconds = {name: model(shape, device) for name, model in modelled.items()}
     if not training:
         seconds["decode"] = decode_seconds(shape, device, looked_up=looked_up)
-    return min(seconds, key=lambda name: seconds[name])
+    # within what the model can tell, the form with the fewest launches: they are in that order
+    least = min(seconds.values())
+    return next(name for name, value in seconds.items() if value <= _TIE * least or value == least)
 
 
 def _host_stage(device: Device, flops: float, bytes_: float, rate: float | None = None) -> float:
@@ -251,5 +326,7 @@ def _host_stage(device: Device, flops: float, bytes_: float, rate: float | None 
     return max(compute, memory) if rate is None else compute + memory
 
 
-def _gpu_stage(device: Device, flops: float, bytes_: float, l2_bytes: float) -> float:
-    return max(flops / device.flops, bytes_ / device.bandwidth, l2_bytes / device.l2)
+def _gpu_stage(device: Device, flops: float, bytes_: float, l2_bytes: float, tiles: float) -> float:
+    rounds = max(1.0, tiles) / device.processors
+    waves = math.ceil(rounds) / rounds
+    return max(bytes_ / device.bandwidth, waves * max(flops / device.flops, l2_bytes / device.l2))

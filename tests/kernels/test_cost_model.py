@@ -1,7 +1,10 @@
 """The cost model picks what the accounting of routed LoRA says: crossovers from first principles, not from the code."""
 
+from dataclasses import replace
+
 import pytest
-from moe_kit_kernels import roofline
+import torch
+from moe_kit_kernels import roofline, route_plan
 from moe_kit_kernels.cost_model import (
     A100,
     CPU,
@@ -10,9 +13,13 @@ from moe_kit_kernels.cost_model import (
     choose_lora,
     decode_seconds,
     dense_seconds,
+    device_of,
+    gpu_stages,
+    linear_seconds,
     mixed_seconds,
     sorted_seconds,
 )
+from moe_kit_kernels.lora_experts import gpu
 
 RMW = "sorted down + k read-modify-writes"
 
@@ -93,6 +100,103 @@ def test_a_few_tokens_decode(device):
     assert choose_lora(few, device, training=False) == "decode"
     assert choose_lora(few, device, training=True) != "decode"
     assert choose_lora(shape(E=64, L=16), device, training=False) != "decode"
+
+
+@pytest.mark.parametrize("device", [H100, A100])
+def test_few_tokens_leave_processors_idle(device):
+    # 64 tokens, 2048 columns: the dense down product has 16 tiles of 64 x 128, each of which alone loads 64 + 128 rows of
+    # 4096 over one processor's share of L2; the sorted one has a tile of 16 rows for each of 80 experts or more
+    few = shape(T=64, E=128, L=16)
+    alone = 192 * 4096 * 2 / (device.l2 / device.processors)
+    assert gpu_stages(few, device)["dense down"] == pytest.approx(alone + device.call, rel=0.05)
+    assert choose_lora(few, device, training=True) in ("sorted", "mixed")
+    # one large processor would take the dense form, and so do tokens that fill the GPU where the bank is small
+    assert choose_lora(few, replace(device, processors=1), training=True) == "dense"
+    assert choose_lora(shape(T=16384, E=8, L=16), device, training=True) == "dense"
+
+
+def test_a_tile_more_than_the_processors_is_another_round():
+    def down(tiles, bandwidth=1e18):
+        # 128 columns and 128 rows a tile, bound by FLOPs
+        sizes = shape(T=128 * tiles, E=8, L=16)
+        return gpu_stages(sizes, replace(H100, bandwidth=bandwidth, l2=1e18, call=0.0))["dense down"]
+
+    assert down(132) == pytest.approx(2 * 132 * 128 * 128 * 4096 / H100.flops)
+    assert down(133) == pytest.approx(2 * down(132))
+    assert down(264) == pytest.approx(2 * down(132))
+    # memory belongs to all: a stream does not take twice as long
+    assert down(133, bandwidth=1e12) < 1.02 * down(132, bandwidth=1e12)
+
+
+LINEARS = [
+    (8192, 8, 8, 4096, 4096),
+    (8192, 8, 16, 4096, 1024),
+    (8192, 8, 8, 4096, 14336),
+    (16384, 8, 64, 4096, 4096),
+    (8192, 8, 8, 64, 4096),
+    (8192, 8, 8, 128, 4096),
+    (8192, 8, 8, 512, 2048),
+]
+
+
+@pytest.mark.parametrize("device", [H100, A100])
+@pytest.mark.parametrize(("T", "E", "L", "D", "O"), LINEARS)
+def test_a_linear_fuses_where_the_roofline_gains(device, T, E, L, D, O):
+    gpu_ = getattr(roofline, device.name.upper())
+    fused = separate = 0.0
+    for backward in (False, True):
+        designs = roofline.linear_designs(T, 2, E, L, D, O, device=gpu_, backward=backward)
+        ours = next(name for name in designs if name.startswith("library GEMM + moe_kit"))
+        counted = [roofline.seconds(designs[name], gpu_) for name in ("K-extension", ours)]
+        fused, separate = fused + counted[0], separate + counted[1]
+        if not backward:
+            modelled = linear_seconds(shape(T=T, E=E, L=L, D=D, O=O), device, training=False)
+            for seconds, count in zip((modelled["fused"], modelled["separate"]), counted, strict=True):
+                assert abs(seconds - count) < 0.12 * count + 8 * device.call
+    modelled = linear_seconds(shape(T=T, E=E, L=L, D=D, O=O), device, training=True)
+    # weight gradients, on both sides of the roofline's, are left out of the model: they cancel in the difference
+    difference = modelled["fused"] - modelled["separate"]
+    assert abs(difference - (fused - separate)) < 0.1 * (fused + separate)
+    if abs(fused - separate) > 0.1 * (fused + separate):
+        assert (difference < 0) == (fused < separate)
+
+
+@pytest.mark.parametrize(("device", "fused_us", "separate_us"), [(H100, 1222, 496), (A100, 1687, 1219)])
+def test_wide_linears_take_the_vendors_gemm(device, fused_us, separate_us):
+    modelled = linear_seconds(shape(T=8192, E=8, L=8), device, training=False)
+    assert modelled["fused"] * 1e6 == pytest.approx(fused_us, rel=0.06)
+    assert modelled["separate"] * 1e6 == pytest.approx(separate_us, rel=0.06)
+
+
+@pytest.mark.parametrize("device", [H100, A100])
+def test_the_dispatcher_asks_the_model(device, monkeypatch):
+    monkeypatch.setattr(gpu, "device_of", lambda _: device)
+    plan = route_plan(torch.zeros(8192, 2, dtype=torch.long), 8)
+
+    def fuses(D, O, plan=plan, autocast=None):
+        with torch.no_grad():
+            return gpu.linear_fuses(plan, [torch.empty(8, 8, D, dtype=torch.bfloat16)], autocast, [O])
+
+    # 8 E L <= D, and yet bound by L2 that the vendor's tiles do not need
+    assert not fuses(4096, 4096)
+    assert fuses(64, 4096)
+    assert not fuses(64, 4096, autocast=torch.bfloat16)
+    assert not fuses(64, 4096, plan=None)
+    # nothing to model where there is no GPU
+    monkeypatch.setattr(gpu, "device_of", device_of)
+    assert not fuses(64, 4096)
+
+
+def test_a_gpu_brings_its_own_processors(monkeypatch):
+    class Properties:
+        multi_processor_count = 148
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    found = device_of(torch.device("cuda", 7))
+    assert found == replace(H100, processors=148, capability=100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert device_of(torch.device("cuda", 6)).bandwidth == A100.bandwidth
 
 
 @pytest.mark.parametrize("width", [576, 2048])

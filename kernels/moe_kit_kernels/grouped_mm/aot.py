@@ -6,18 +6,21 @@ from moe_kit_kernels.grouped_mm.sizes import gram_tile, product_tile, split_bloc
 from moe_kit_kernels.grouped_mm.triton import grouped_mm_dact_kernel, grouped_mm_kernel
 from moe_kit_kernels.grouped_mm.triton_sums import combine_kernel, grouped_gram_kernel, split_sum_kernel
 
+_SIZES = {"bf16": 2, "fp32": 4}
 _INDEX = {"source_ptr": "*i64", "target_ptr": "*i64"}
 _TILES = {"tile_expert_ptr": "*i32", "tile_start_ptr": "*i64", "tile_end_ptr": "*i64"}
 _NUM_TILES, _EXPERTS = 300, 64
 
 
-def default_config(kernel: str, rows: int, arch: str, gated: bool, aligned: bool = True) -> dict[str, int]:
-    """Return the default configuration as a launch on `arch` would take it, for 16-bit operands."""
+def default_config(
+    kernel: str, rows: int, arch: str, gated: bool, aligned: bool = True, itemsize: int = 2
+) -> dict[str, int]:
+    """Return the default configuration as a launch on `arch` would take it."""
     limit = 65536 if arch == "gfx942" else tuning.SHARED_LIMIT[arch]
-    config = tuning.find(kernel, "default", limit, 1, 1, rows, gated)
+    config = tuning.find(kernel, "default", limit, 1, 1, rows, gated, itemsize=itemsize)
     if not aligned:
         config = tuning.narrow(config)
-    return tuning.fit(config, rows, 2, gated, limit)
+    return tuning.fit(config, rows, itemsize, gated, limit)
 
 
 def variants(arch: str) -> list[Variant]:
@@ -27,7 +30,8 @@ def variants(arch: str) -> list[Variant]:
         arch: Architecture; tiles are cut to its shared memory.
 
     Returns:
-        Aligned variants at every row height, the transposed weight of dX, and odd widths.
+        Aligned variants at every row height, the transposed weight of dX, odd widths, and the same in float32, whose exact
+        products use no matrix instruction.
     """
     found = []
     for rows in (16, 32, 64, 128):
@@ -57,6 +61,19 @@ def variants(arch: str) -> list[Variant]:
     found.append(_split_sum("up-transposed", 4096, 16, transposed=True))
     found.append(_split_sum("odd", 1001, 5, wide=False))
     found.append(_gram("odd-128", arch, 128, 1001, 333, wide=False))
+    for rows in (16, 64, 128):
+        found.append(_product(f"fp32-{rows}", arch, rows, 4096, 2048, gated=False, dtype="fp32"))
+        found.append(_product(f"fp32-gated-{rows}", arch, rows, 2048, 768, gated=True, dtype="fp32"))
+    found.append(_product("fp32-32", arch, 32, 4096, 2048, gated=False, dtype="fp32"))
+    found.append(_product("fp32-down-16", arch, 128, 4096, 16, gated=False, scatter=True, dtype="fp32"))
+    found.append(_product("fp32-odd", arch, 128, 1001, 333, gated=True, wide=False, dtype="fp32"))
+    found.append(_product("tf32-128", arch, 128, 4096, 2048, gated=False, dtype="fp32", precision="tf32"))
+    for rows in (16, 128):
+        found.append(_dact(f"fp32-{rows}", arch, rows, 2048, 768, dtype="fp32"))
+        found.append(_gram(f"fp32-{rows}", arch, rows, 2048, 1536, dtype="fp32"))
+    found.append(_gram("fp32-down", arch, 128, 4096, 16, split=True, dtype="fp32"))
+    found.append(_gram("fp32-up", arch, 128, 16, 4096, split=True, dtype="fp32"))
+    found.append(_gram("fp32-odd", arch, 128, 1001, 333, wide=False, dtype="fp32"))
     for name, width, slots in (("aligned", 4096, 8), ("odd", 1001, 8), ("pairs", 4096, 0)):
         pointers = {"rows_ptr": "*bf16", "y_ptr": "*bf16", "weight_ptr": "*fp32", "inverse_ptr": "*i64"}
         pointers |= {"order_ptr": "*i64", "token_offsets_ptr": "*i64", "total_ptr": "*i64"}
@@ -86,11 +103,13 @@ def _product(
     wide: bool = True,
     gather: bool | None = None,
     scatter: bool = False,
+    dtype: str = "bf16",
+    precision: str = "ieee",
 ) -> Variant:
-    tile = product_tile(default_config("grouped_mm", rows, arch, gated, wide), O)
+    tile = product_tile(default_config("grouped_mm", rows, arch, gated, wide, _SIZES[dtype]), O)
     width = O * 2 if gated else O
     stride_o, stride_d = (1, width) if transposed else (D, 1)
-    pointers = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "z_ptr", "bias_ptr", "residual_ptr"), "*bf16")
+    pointers = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "z_ptr", "bias_ptr", "residual_ptr"), f"*{dtype}")
     return Variant(
         kernel="grouped_mm",
         name=name,
@@ -117,7 +136,7 @@ def _product(
             "GATED": gated,
             "KEEP": gated,
             "EVEN_D": D % tile["BK"] == 0,
-            "PRECISION": "ieee",
+            "PRECISION": precision,
             "BM": rows,
             "BN": tile["BN"],
             "BK": tile["BK"],
@@ -125,14 +144,14 @@ def _product(
         },
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
-        tile_rows=rows,
+        tile_rows=0 if dtype == "fp32" and precision == "ieee" else rows,
         wide_loads=wide,
     )
 
 
-def _dact(name: str, arch: str, rows: int, D: int, H: int, wide: bool = True) -> Variant:
-    tile = default_config("grouped_mm_dact", rows, arch, True, wide)
-    pointers = dict.fromkeys(("dy_ptr", "w_ptr", "z_ptr", "dz_ptr", "wh_ptr"), "*bf16")
+def _dact(name: str, arch: str, rows: int, D: int, H: int, wide: bool = True, dtype: str = "bf16") -> Variant:
+    tile = default_config("grouped_mm_dact", rows, arch, True, wide, _SIZES[dtype])
+    pointers = dict.fromkeys(("dy_ptr", "w_ptr", "z_ptr", "dz_ptr", "wh_ptr"), f"*{dtype}")
     return Variant(
         kernel="grouped_mm_dact",
         name=name,
@@ -161,7 +180,7 @@ def _dact(name: str, arch: str, rows: int, D: int, H: int, wide: bool = True) ->
         },
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
-        tile_rows=rows,
+        tile_rows=0 if dtype == "fp32" else rows,
         wide_loads=wide,
     )
 
@@ -180,11 +199,20 @@ def _split_sum(name: str, O: int, D: int, *, transposed: bool = False, wide: boo
 
 
 def _gram(
-    name: str, arch: str, rows: int, D: int, O: int, wide: bool = True, *, split: bool = False, transposed: bool = False
+    name: str,
+    arch: str,
+    rows: int,
+    D: int,
+    O: int,
+    wide: bool = True,
+    *,
+    split: bool = False,
+    transposed: bool = False,
+    dtype: str = "bf16",
 ) -> Variant:
-    tile = gram_tile(default_config("grouped_gram", rows, arch, False, wide), O, D)
+    tile = gram_tile(default_config("grouped_gram", rows, arch, False, wide, _SIZES[dtype]), O, D)
     stride_o, stride_d = (1, O) if transposed else (D, 1)
-    pointers = dict.fromkeys(("dz_ptr", "x_ptr", "dw_ptr", "db_ptr"), "*bf16")
+    pointers = dict.fromkeys(("dz_ptr", "x_ptr", "dw_ptr", "db_ptr"), f"*{dtype}")
     pointers |= {"row_scale_ptr": "*fp32", "source_z_ptr": "*i64", "source_x_ptr": "*i64"}
     pointers |= {"chunk_expert_ptr": "*i32", "chunk_start_ptr": "*i64", "chunk_end_ptr": "*i64"}
     pointers |= {"first_slot_ptr": "*i64", "slot_ptr": "*i64", "part_w_ptr": "*fp32", "part_b_ptr": "*fp32"}
@@ -210,6 +238,6 @@ def _gram(
         },
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
-        tile_rows=tile["BO"],
+        tile_rows=0 if dtype == "fp32" else tile["BO"],
         wide_loads=wide,
     )

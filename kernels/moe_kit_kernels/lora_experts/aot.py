@@ -6,6 +6,9 @@ from moe_kit_kernels.aot import Variant
 from moe_kit_kernels.lora_experts import tiles
 from moe_kit_kernels.lora_experts import triton as kernels
 
+# pointer types of x (and what is in its dtype) and of the bank (and H); PEFT trains float32 banks on a bfloat16 base
+_DTYPES = {"bf16": ("*bf16", "*bf16"), "fp32": ("*fp32", "*fp32"), "mixed": ("*bf16", "*fp32")}
+_SIZES = {"*bf16": 2, "*fp32": 4}
 _TILES = {"tile_expert_ptr": "*i32", "tile_start_ptr": "*i64", "tile_end_ptr": "*i64"}
 
 
@@ -16,8 +19,8 @@ def variants(arch: str) -> list[Variant]:
         arch: architecture; the tile of the base product depends on it.
 
     Returns:
-        Aligned variants (4096 wide, bfloat16) at ranks 8 to 256, also with B in memory as [E, L, O] ("flat"), and odd ones
-        (1001 wide, rank 5).
+        Aligned variants (4096 wide, bfloat16) at ranks 8 to 256, also with B in memory as [E, L, O] ("flat"), odd ones
+        (1001 wide, rank 5), and the same in float32 and with a float32 bank on a bfloat16 base ("mixed").
     """
     found = []
     # AMD compilers get the smaller tiles
@@ -50,14 +53,50 @@ def variants(arch: str) -> list[Variant]:
     found.append(_up("flat-odd", 1001, 3, 5, 2, capability, linear=False, flat=True))
     found.append(_sorted("flat-rows-16", 4096, 64, 16, 2, rows=16, flat=True))
     found.append(_decode_up("flat-odd", 1001, 3, 5, 2, flat=True))
+    return found + _wider(capability)
+
+
+def _wider(capability: int) -> list[Variant]:
+    """Variants with 4-byte operands, whose exact products use no matrix instruction; TF32 ones do."""
+    found = []
+    for name, E, L, K in (("8x16", 8, 16, 2), ("64x64", 64, 64, 8)):
+        for dtype in ("fp32", "mixed"):
+            more: dict[str, Any] = {"dtype": dtype}
+            found.append(_down(f"{dtype}-{name}", 4096, E, L, K, backward=False, **more))
+            found.append(_down(f"backward-{dtype}-{name}", 4096, E, L, K, backward=True, **more))
+            found.append(_up(f"{dtype}-{name}", 4096, E, L, K, capability, linear=False, **more))
+            found.append(_up(f"linear-{dtype}-{name}", 4096, E, L, K, capability, linear=True, **more))
+            found.append(_sorted(f"{dtype}-{name}", 4096, E, L, K, rows=128, **more))
+    more = {"dtype": "fp32"}
+    found.append(_down("fp32-4x256", 4096, 4, 256, 2, backward=True, **more))
+    found.append(_down("fp32-odd", 1001, 3, 5, 2, backward=True, **more))
+    found.append(_up("fp32-odd", 1001, 3, 5, 2, capability, linear=True, **more))
+    found.append(_sorted("fp32-odd", 1001, 3, 5, 2, rows=16, **more))
+    more["precision"] = "tf32"
+    found.append(_down("tf32-8x16", 4096, 8, 16, 2, backward=False, **more))
+    found.append(_up("tf32-8x16", 4096, 8, 16, 2, capability, linear=True, **more))
+    found.append(_sorted("tf32-8x16", 4096, 8, 16, 2, rows=128, **more))
+    found.append(_decode_down("fp32-8x16", 4096, 8, 16, 2, dtype="fp32"))
+    found.append(_decode_up("fp32-8x16", 4096, 8, 16, 2, dtype="fp32"))
     return found
 
 
 def _down(
-    name: str, D: int, E: int, L: int, K: int, *, backward: bool, flat: bool = False, tokens: int = 16384
+    name: str,
+    D: int,
+    E: int,
+    L: int,
+    K: int,
+    *,
+    backward: bool,
+    flat: bool = False,
+    tokens: int = 16384,
+    dtype: str = "bf16",
+    precision: str = "ieee",
 ) -> Variant:
     EB, LP = tiles.column_block(E, L)
-    tile = tiles.down_tile(tokens, E, L)
+    x, bank = _DTYPES[dtype]
+    tile = tiles.down_tile(tokens, E, L, _SIZES[bank])
     # a B [E, O, L] seen as [E, L, O] in the backward: its ranks are next to each other, not its width
     stride_l, stride_d = (1, L) if backward and not flat else (D, 1)
     return Variant(
@@ -65,7 +104,8 @@ def _down(
         name=name,
         function=kernels.lora_down_dense_kernel,
         pointers={
-            **dict.fromkeys(("x_ptr", "a_ptr", "h_ptr", "kept_ptr"), "*bf16"),
+            **dict.fromkeys(("a_ptr", "h_ptr", "kept_ptr"), bank),
+            "x_ptr": x,
             "ids_ptr": "*i64",
             "weights_ptr": "*fp32",
             "dw_ptr": "*fp32",
@@ -76,14 +116,19 @@ def _down(
         },
         floats=("scale",),
         constants={
-            **{"K": K, "BACKWARD": backward, "EVEN_D": D % 64 == 0, "PRECISION": "ieee"},
+            **{"K": K, "BACKWARD": backward, "EVEN_D": D % 64 == 0, "PRECISION": precision},
             **{"BM": tile["BM"], "EB": EB, "LP": LP, "BK": tile["BK"]},
         },
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
-        tile_rows=tile["BM"],
+        tile_rows=_matrix_rows(tile["BM"], bank, precision),
         wide_loads=D % 16 == 0,
     )
+
+
+def _matrix_rows(rows: int, operand: str, precision: str) -> int:
+    """Rows of the tile, or 0 for exact float32 products, which run on the plain units."""
+    return 0 if operand == "*fp32" and precision == "ieee" else rows
 
 
 def _up(
@@ -98,9 +143,12 @@ def _up(
     transposed: bool = False,
     flat: bool = False,
     tokens: int = 16384,
+    dtype: str = "bf16",
+    precision: str = "ieee",
 ) -> Variant:
-    BC, LP = tiles.up_columns(E, L)
-    tile = tiles.up_tile(tokens, D, K, linear=linear, capability=capability)
+    x, bank = _DTYPES[dtype]
+    BC, LP = tiles.up_columns(E, L, _SIZES[bank])
+    tile = tiles.up_tile(tokens, D, K, linear=linear, capability=capability, itemsize=_SIZES[bank])
     stride_o, stride_l = (1, D) if transposed or flat else (L, 1)
     stride_wo, stride_wd = (1, D) if transposed else (D, 1)
     return Variant(
@@ -108,7 +156,8 @@ def _up(
         name=name,
         function=kernels.lora_up_dense_kernel,
         pointers={
-            **dict.fromkeys(("h_ptr", "b_ptr", "base_ptr", "y_ptr", "x_ptr", "w_ptr", "bias_ptr"), "*bf16"),
+            **dict.fromkeys(("base_ptr", "y_ptr", "x_ptr", "w_ptr", "bias_ptr"), x),
+            **dict.fromkeys(("h_ptr", "b_ptr"), bank),
             "ids_ptr": "*i64",
             "weights_ptr": "*fp32",
         },
@@ -120,25 +169,38 @@ def _up(
         floats=("scale",),
         constants={
             **{"K": K, "WEIGHTS": not transposed, "BASE": not linear, "LINEAR": linear, "BIAS": False},
-            **{"EVEN_D": D % 64 == 0, "PRECISION": "ieee", "BC": BC, "LP": LP},
+            **{"EVEN_D": D % 64 == 0, "PRECISION": precision, "BC": BC, "LP": LP},
             **{"BM": tile["BM"], "BN": tile["BN"], "BK": tile["BK"]},
         },
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
-        tile_rows=tile["BM"],
+        # the base product of a mixed layer is one of 2-byte operands
+        tile_rows=_matrix_rows(tile["BM"], x if linear else bank, precision),
         wide_loads=D % 16 == 0,
     )
 
 
-def _sorted(name: str, O: int, E: int, L: int, K: int, *, rows: int, flat: bool = False) -> Variant:
+def _sorted(
+    name: str,
+    O: int,
+    E: int,
+    L: int,
+    K: int,
+    *,
+    rows: int,
+    flat: bool = False,
+    dtype: str = "bf16",
+    precision: str = "ieee",
+) -> Variant:
     stride_o, stride_l = (1, O) if flat else (L, 1)
-    tile = tiles.sorted_tile(rows, L)
+    x, bank = _DTYPES[dtype]
+    tile = tiles.sorted_tile(rows, L, _SIZES[bank])
     return Variant(
         kernel="lora_up_sorted",
         name=name,
         function=kernels.lora_up_sorted_kernel,
         pointers={
-            **dict.fromkeys(("h_ptr", "b_ptr", "base_ptr", "y_ptr"), "*bf16"),
+            **{"h_ptr": bank, "b_ptr": bank, "base_ptr": x, "y_ptr": x},
             **{"weights_ptr": "*fp32", "token_ptr": "*i64"},
             **_TILES,
         },
@@ -148,17 +210,18 @@ def _sorted(name: str, O: int, E: int, L: int, K: int, *, rows: int, flat: bool 
         },
         floats=("scale",),
         constants={
-            **{"K": K, "FIRST": True, "WEIGHTS": True, "BASE": True, "PRECISION": "ieee"},
+            **{"K": K, "FIRST": True, "WEIGHTS": True, "BASE": True, "PRECISION": precision},
             **{"BM": rows, "BN": tile["BN"], "BL": tile["BL"]},
         },
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
-        tile_rows=rows,
+        tile_rows=_matrix_rows(rows, bank, precision),
         wide_loads=O % 16 == 0,
     )
 
 
-def _decode_down(name: str, D: int, E: int, L: int, K: int) -> Variant:
+def _decode_down(name: str, D: int, E: int, L: int, K: int, *, dtype: str = "bf16") -> Variant:
+    x, bank = _DTYPES[dtype]
     LP, BK, _ = tiles.decode_tile(L)
     integers: dict[str, Any] = {
         "D": D,
@@ -173,14 +236,15 @@ def _decode_down(name: str, D: int, E: int, L: int, K: int) -> Variant:
         kernel="lora_decode_down",
         name=name,
         function=kernels.lora_decode_down_kernel,
-        pointers={"x_ptr": "*bf16", "a_ptr": "*bf16", "ids_ptr": "*i64", "h_ptr": "*fp32"},
+        pointers={"x_ptr": x, "a_ptr": bank, "ids_ptr": "*i64", "h_ptr": "*fp32"},
         integers=integers,
         constants={"K": K, "LP": LP, "BK": BK},
         wide_loads=True,
     )
 
 
-def _decode_up(name: str, O: int, E: int, L: int, K: int, *, flat: bool = False) -> Variant:
+def _decode_up(name: str, O: int, E: int, L: int, K: int, *, flat: bool = False, dtype: str = "bf16") -> Variant:
+    x, bank = _DTYPES[dtype]
     stride_o, stride_l = (1, O) if flat else (L, 1)
     LP, _, BN = tiles.decode_tile(L)
     integers = {"O": O, "E": E, "L": L, "stride_be": L * O, "stride_base": O}
@@ -190,8 +254,8 @@ def _decode_up(name: str, O: int, E: int, L: int, K: int, *, flat: bool = False)
         name=name,
         function=kernels.lora_decode_up_kernel,
         pointers={
-            **{"h_ptr": "*fp32", "b_ptr": "*bf16", "ids_ptr": "*i64"},
-            **{"weights_ptr": "*fp32", "base_ptr": "*bf16", "y_ptr": "*bf16"},
+            **{"h_ptr": "*fp32", "b_ptr": bank, "ids_ptr": "*i64"},
+            **{"weights_ptr": "*fp32", "base_ptr": x, "y_ptr": x},
         },
         integers=integers,
         floats=("scale",),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import fail
+from moe_kit_kernels.cost_model import Device, LoraShape, device_of, linear_seconds
 from moe_kit_kernels.grouped_mm.backend import interpreting, resolve_backend
 from moe_kit_kernels.route_plan import RoutePlan
 
@@ -96,20 +97,39 @@ def run_triton(
     return TritonLora.apply(how, plan, scale, False, x_TD, weights, base_TO, None, A_ELD, B_EOL)
 
 
-def linear_fuses(plan: RoutePlan | None, A: Sequence[Tensor], autocast: torch.dtype | None) -> bool:
-    """Tell whether the kernel with the base product inside should run.
+def linear_fuses(
+    plan: RoutePlan | None, A: Sequence[Tensor], autocast: torch.dtype | None, widths_out: Sequence[int] = ()
+) -> bool:
+    """Tell whether the kernel with the base product inside should run, by `cost_model.linear_seconds`.
 
-    It saves a read and a write of y and costs E*L of extra contraction over what cuBLAS would do alone; worth it while
-    E*L stays small beside D.
+    It saves a read and a write of y, but its tiles are bound by L2 where the vendor's GEMM is not: it wins only where the
+    input is so narrow that y is most of what moves.
 
     Args:
         plan: the routing.
         A: down projections.
         autocast: the autocast dtype, or None.
+        widths_out: O of each projection; that of the input where the caller does not say, since both sides scale with O.
 
     Returns:
-        True for a table of ids, one small bank a projection, outside of autocast.
+        True for a table of ids outside of autocast where every projection is modelled to gain.
     """
     if plan is None or plan.slots is None or autocast is not None:
         return False
-    return all(8 * a.shape[0] * a.shape[1] <= a.shape[2] for a in A)
+    widths = widths_out or [a.shape[2] for a in A]
+    device, training = device_of(A[0].device), torch.is_grad_enabled()
+    return all(
+        _fuses(plan.num_tokens, plan.num_pairs, *a.shape, O, a.element_size(), device, training)
+        for a, O in zip(A, widths, strict=True)
+    )
+
+
+# the sizes repeat, and the model costs as much as a launch
+@lru_cache(maxsize=1024)
+def _fuses(T: int, P: int, E: int, L: int, D: int, O: int, itemsize: int, device: Device, training: bool) -> bool:
+    # under the interpreter there is no GPU whose time could be modelled
+    if device.host_walk:
+        return False
+    shape = LoraShape(tokens=T, pairs=P, experts=E, rank=L, d_in=D, d_out=O, itemsize=itemsize)
+    seconds = linear_seconds(shape, device, training=training)
+    return seconds["fused"] < seconds["separate"]

@@ -30,10 +30,18 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _capability(device: torch.device) -> int:
+def capability(device: torch.device) -> int:
+    """Tell a device's compute capability.
+
+    Args:
+        device: where a kernel runs.
+
+    Returns:
+        Ten times the capability, such as 90; 0 under the interpreter.
+    """
     if device.type != "cuda":
         return 0
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_devicecapability(device)
     return 10 * major + minor
 
 
@@ -73,7 +81,9 @@ def down_dense(
     if T == 0 or K == 0:
         return H_PL, dw_TK
     EB, LP = sizes.column_block(E, L)
-    tile = sizes.down_tile(T, E, L)
+    default = sizes.down_tile(T, E, L, dtype.itemsize)
+    more = {"width_in": D, "width_out": E * L, "rank": L, "itemsize": dtype.itemsize, "columns": EB * LP}
+    tile = sizes.tuned("lora_down_dense", x_TD.device, default, rows=default["BM"], **more)
     BM, BK = tile["BM"], tile["BK"]
     grid = (_triton.cdiv(T, BM) * _triton.cdiv(E, EB),)
     lora_down_dense_kernel[grid](
@@ -136,8 +146,14 @@ def up_dense(
     y_TO = H_PL.new_empty(T, O, dtype=out_dtype)
     if T == 0:
         return y_TO
-    BC, LP = sizes.up_columns(E, L)
-    tile = sizes.up_tile(T, O, K, linear=linear is not None, capability=_capability(H_PL.device))
+    # the wider of the operands decides: adapters in float32 on a bfloat16 base multiply in float32
+    size = max(B_EOL.element_size(), linear[1].element_size() if linear is not None else 0)
+    BC, LP = sizes.up_columns(E, L, size)
+    options = {"linear": linear is not None, "capability": capability(H_PL.device), "itemsize": size}
+    default = sizes.up_tile(T, O, K, **options)
+    more = {"width_in": E * L, "width_out": O, "rank": L, "itemsize": size}
+    kernel = "lora_up_dense" if linear is None else "lora_linear"
+    tile = sizes.tuned(kernel, H_PL.device, default, rows=default["BM"], **more)
     BM, BN, BK = tile["BM"], tile["BN"], tile["BK"]
     x_TD, W_OD, bias_O = linear if linear is not None else (H_PL, B_EOL[0], None)
     x_TD = _rows(x_TD)
@@ -234,10 +250,12 @@ def up_sorted(
         return y_TO
     H_PL = H_PL.contiguous()
     base_TO = None if base_TO is None else _rows(base_TO)
-    tile = sizes.sorted_tile(tile_height(T, E), L)
+    rows, size = tile_height(T, E), B_EOL.element_size()
+    more = {"width_in": E * L, "width_out": O, "rank": L, "itemsize": size}
+    tile = sizes.tuned("lora_up_sorted", H_PL.device, sizes.sorted_tile(rows, L, size), rows=rows, **more)
     BN = tile["BN"]
     width = sizes.group_columns(T, y_TO.element_size(), BN)
-    maps = [(p, tile_map(p, tile_height(T, E))) for p in slot_plans(plan)]
+    maps = [(p, tile_map(p, rows)) for p in slot_plans(plan)]
     for first in range(0, O, width):
         end = min(O, first + width)
         for slot, (part, tiles) in enumerate(maps):

@@ -3,9 +3,15 @@
 A column block holds EB experts of LP = next power of two of the rank. Its width EB * LP is at least 16 (the least that
 a matrix instruction takes) and at most 128 unless one expert's rank is wider.
 
+Sizes here are defaults: `tuned` asks the device's table and the pins of `moe_kit_kernels.tuning` first. Products of float32
+operands run on the plain units, which take whole inner tiles into registers: those tiles are 16 deep.
+
 Legend: T tokens, K slots a token, E experts, O width out, L rank, BM x BN x BK tiles.
 """
 
+import torch
+
+from moe_kit_kernels import tuning
 from moe_kit_kernels.grouped_mm.sizes import next_power_of_2
 
 L2_BYTES = 16 << 20
@@ -30,7 +36,7 @@ def column_block(num_experts: int, rank: int) -> tuple[int, int]:
     return max(EB, 16 // LP), LP
 
 
-def down_tile(num_tokens: int, num_experts: int, rank: int) -> dict[str, int]:
+def down_tile(num_tokens: int, num_experts: int, rank: int, itemsize: int = 2) -> dict[str, int]:
     """Choose the tile of the dense down kernel, so that its accumulator stays in registers.
 
     A taller tile reads A fewer times from L2, which bounds wide banks; it needs enough tokens to fill a GPU.
@@ -39,22 +45,27 @@ def down_tile(num_tokens: int, num_experts: int, rank: int) -> dict[str, int]:
         num_tokens: T.
         num_experts: E.
         rank: L.
+        itemsize: Bytes an element of the wider operand.
 
     Returns:
         BM, BK, num_warps, num_stages.
     """
     EB, LP = column_block(num_experts, rank)
+    if itemsize > 2:
+        return {"BM": 32, "BK": 16, "num_warps": 8, "num_stages": 3}
     if EB * LP > 128:
         return {"BM": 32, "BK": 64, "num_warps": 4, "num_stages": 3}
     tall = -(-num_tokens // 128) * -(-num_experts // EB) >= _FILLS
     return {"BM": 128 if tall else 64, "BK": 64, "num_warps": 8 if tall else 4, "num_stages": 3}
 
 
-def up_tile(num_tokens: int, width: int, slots: int, *, linear: bool, capability: int) -> dict[str, int]:
+def up_tile(
+    num_tokens: int, width: int, slots: int, *, linear: bool, capability: int, itemsize: int = 2
+) -> dict[str, int]:
     """Choose the tile of the dense up kernel.
 
     A taller tile reads B fewer times from L2. Its registers hold it for two slots, with the base product inside only where
-    accumulators live outside of them, from compute capability 10.0 on.
+    accumulators live outside of them: in the tensor memory of compute capability 10 and 11, which 12 does not have.
 
     Args:
         num_tokens: T.
@@ -62,27 +73,33 @@ def up_tile(num_tokens: int, width: int, slots: int, *, linear: bool, capability
         slots: K.
         linear: The base product is inside.
         capability: Compute capability times ten.
+        itemsize: Bytes an element of the wider operand.
 
     Returns:
         BM, BN, BK, num_warps, num_stages.
     """
-    roomy = capability >= 100
+    if itemsize > 2:
+        return {"BM": 64, "BN": 64 if linear else 128, "BK": 16, "num_warps": 8, "num_stages": 3}
+    roomy = 100 <= capability < 120
     # rows that are not 16-byte aligned keep one address an element in registers
     filled = width % 16 == 0 and -(-num_tokens // 128) * -(-width // 128) >= _FILLS
     tall = roomy if linear else filled and (roomy or slots <= 2)
     return {"BM": 128 if tall else 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 
 
-def sorted_tile(rows: int, rank: int) -> dict[str, int]:
+def sorted_tile(rows: int, rank: int, itemsize: int = 2) -> dict[str, int]:
     """Choose the tile of the sorted up kernel.
 
     Args:
         rows: BM, which follows the mean number of tokens an expert.
         rank: L; wide ranks get wide tiles, which read H fewer times.
+        itemsize: Bytes an element of the wider operand.
 
     Returns:
         BN, BL, num_warps, num_stages.
     """
+    if itemsize > 2:
+        return {"BN": 64, "BL": 16, "num_warps": 8 if rows >= 64 else 4, "num_stages": 2}
     BL = rank_block(rank)
     wide = BL >= 32
     warps = 8 if rows >= 64 else 4 if wide else 2
@@ -118,17 +135,20 @@ def group_columns(num_tokens: int, itemsize: int, BN: int) -> int:
     return max(BN, L2_BYTES // (max(1, num_tokens) * itemsize) // BN * BN)
 
 
-def up_columns(num_experts: int, rank: int) -> tuple[int, int]:
+def up_columns(num_experts: int, rank: int, itemsize: int = 2) -> tuple[int, int]:
     """Size the column block of the dense up kernel, which may cut an expert.
 
     Args:
         num_experts: E.
         rank: L.
+        itemsize: Bytes an element of the wider operand.
 
     Returns:
         BC, 16 to 64 (narrow ranks keep more pointers alive and get 32), and LP.
     """
     LP = next_power_of_2(rank)
+    if itemsize > 2:
+        return 16, LP
     return min(32 if LP < 32 else 64, max(16, next_power_of_2(num_experts) * LP)), LP
 
 
@@ -155,3 +175,38 @@ def decode_tile(rank: int) -> tuple[int, int, int]:
     """
     LP = next_power_of_2(rank)
     return LP, max(16, 4096 // LP), max(64, 1024 // LP)
+
+
+def tuned(
+    kernel: str,
+    device: torch.device,
+    default: dict[str, int],
+    *,
+    rows: int,
+    width_in: int,
+    width_out: int,
+    rank: int,
+    itemsize: int,
+    columns: int = 0,
+) -> dict[str, int]:
+    """Look a launch's tile up: pins and the device's table before the default of this module.
+
+    Args:
+        kernel: Key of the tables.
+        device: Where it will run.
+        default: Tile of this module for the call's sizes.
+        rows: Bucket of the number of tokens: the height of the default tile.
+        width_in: Width of the input; E * L of an up product.
+        width_out: Width of the result; E * L of a down product.
+        rank: L.
+        itemsize: Bytes an element of the wider operand.
+        columns: Columns of the tile where the configuration does not name them, as in the down product.
+
+    Returns:
+        The tile, cut down to the device's shared memory.
+
+    Raises:
+        KernelError: The pin cannot be read, or names an unknown kernel or value.
+    """
+    sizes = {"rows": rows, "width_in": width_in, "width_out": width_out, "rank": rank, "itemsize": itemsize}
+    return tuning.lookup(kernel, device, **sizes, gated=False, default=default, columns=columns)

@@ -92,7 +92,7 @@ def product(
         return y_PO
     tiles = launch.plan_tiles(plan)
     aligned = launch.aligned(x, weight_EOD, B_EOL, h_PL, y_PO)
-    sizes = {"width_in": D, "width_out": O, "rows": tiles.rows, "gated": False}
+    sizes = {"width_in": D, "width_out": O, "rows": tiles.rows, "gated": False, "rank": L}
     tile = tuning.lookup("lora_grouped", x.device, **sizes, itemsize=x.element_size(), aligned=aligned)
     block_l = min(tile["BK"], max(16, triton.next_power_of_2(L)))
     lora_grouped_kernel[(tiles.num_tiles * triton.cdiv(O, tile["BN"]),)](

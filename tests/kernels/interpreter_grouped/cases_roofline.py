@@ -127,7 +127,7 @@ def test_lora_down(backward, E, L, traced):
     more = {"weights": torch.rand(20, 2), "kept_PL": torch.randn(40, L)} if backward else {}
     lora.down_dense(torch.randn(20, D), torch.randn(E, L, D), plan, **more)
     EB, LP = lora_tiles.column_block(E, L)
-    tile = {"BM": lora_tiles.down_tile(20, E, L)["BM"], "EB": EB, "LP": LP, "slots": 2, "itemsize": 4}
+    tile = {"BM": lora_tiles.down_tile(20, E, L, 4)["BM"], "EB": EB, "LP": LP, "slots": 2, "itemsize": 4}
     assert traced["bytes"] == roofline.down_dense_cost(20, 40, D, E, L, **tile, backward=backward).l2_bytes
 
 
@@ -140,8 +140,8 @@ def test_lora_up(linear, weighed, E, L, traced):
     inside = (torch.randn(20, D), torch.randn(O, D), None) if linear else None
     more = {"weights": torch.rand(20, 2) if weighed else None, "base_TO": base, "linear": inside}
     lora.up_dense(torch.randn(40, L), torch.randn(E, O, L), plan, torch.float32, **more)
-    BC, LP = lora_tiles.up_columns(E, L)
-    tile = lora_tiles.up_tile(20, O, 2, linear=linear, capability=0)
+    BC, LP = lora_tiles.up_columns(E, L, 4)
+    tile = lora_tiles.up_tile(20, O, 2, linear=linear, capability=0, itemsize=4)
     tile = {"BM": tile["BM"], "BN": tile["BN"], "BC": BC, "LP": LP, "slots": 2, "itemsize": 4}
     options = {"weighed": weighed, "base": not linear, "linear": D if linear else 0}
     assert traced["bytes"] == pytest.approx(roofline.up_dense_cost(20, 40, O, E, L, **tile, **options).l2_bytes)
@@ -156,7 +156,7 @@ def test_lora_up_sorted(base, bytes_of_y, traced, monkeypatch):
     lora.up_sorted(torch.randn(40, L), torch.randn(E, O, L), plan, torch.float32, **more)
     slots = [runs_of(part, True) for part in lora.slot_plans(plan)]
     rows = tile_height(20, E)
-    tile = lora_tiles.sorted_tile(rows, L)
+    tile = lora_tiles.sorted_tile(rows, L, 4)
     width = lora_tiles.group_columns(20, 4, tile["BN"])
     options = {"rows": rows, "BN": tile["BN"], "BL": tile["BL"], "width": width, "base": base, "itemsize": 4}
     cost = roofline.up_sorted_cost(slots, O, L, **options)
