@@ -130,7 +130,9 @@ class RoutedAdapterConfig(PeftConfig):
     )
     causal_leak: str | None = field(
         default=None,
-        metadata={"help": "'allow' lets expert choice look at later tokens of a causal model; default: an error."},
+        metadata={
+            "help": "'allow' lets expert choice and GShard's capacity look at later tokens of a causal model; default: an error."
+        },
     )
     from_adapters: list[str] | None = field(
         default=None,
@@ -230,17 +232,27 @@ class RoutedAdapterConfig(PeftConfig):
             model: the base model.
 
         Raises:
-            ConfigError: if expert choice would let a causal model look ahead, or the layers cannot be counted.
+            ConfigError: if the selection would let a causal model look ahead, or the layers cannot be counted.
         """
-        leaky = self.select == "expert_choice" and self.select_options.get("threshold") is None
-        if leaky and self.causal_leak is None and is_causal(model):
+        look = self._look_ahead()
+        if look is not None and self.causal_leak is None and is_causal(model):
             raise ConfigError(
-                f"select is 'expert_choice' and {type(model).__name__} is causal: whether an expert takes a token would "
-                "depend on later tokens, in training but not while generating. Choose the causal form with "
-                "select_options={'threshold': 'ema'}, or say causal_leak='allow'."
+                f"select is {self.select!r} and {type(model).__name__} is causal: {look[0]} would depend on later tokens, in "
+                f"training but not while generating. Choose {look[1]}, or say causal_leak='allow'."
             )
         if self.expert_layout is not None:
             self.expert_pattern = {**self.expert_pattern, **layout_pattern(model, self.expert_layout)}
+
+    def _look_ahead(self) -> tuple[str, str] | None:
+        """What later tokens decide about and the causal form of it, if the selection compares tokens of a sequence."""
+        if self.select == "expert_choice" and self.select_options.get("threshold") is None:
+            return "whether an expert takes a token", "the causal form with select_options={'threshold': 'ema'}"
+        if self.select == "capacity" and self.select_options.get("policy") == "gshard":
+            return (
+                "whether a second choice finds room (all first choices go before it)",
+                "select_options={'policy': 'switch'}, which fills places by order of arrival",
+            )
+        return None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and complete the model card beside it by how to load the adapter.

@@ -5,6 +5,9 @@ r"""Token choice with a capacity: what does not fit into an expert is dropped an
 Switch fills places by order of arrival. GShard places all first choices before any second choice, and tries a second
 choice only with probability min(1, 2 g_2) in training (always in evaluation), g the gates normalised over the two.
 
+GShard looks ahead: whether a second choice finds room depends on first choices of later tokens, so it is refused on causal
+models unless asked for. Switch reads no later token, but C_b knows how many there are: a longer sequence has more room.
+
 Places are counted for each sequence, so that a row does not depend on its batch mates; `group="batch"` counts over
 the whole batch, as the papers do.
 

@@ -252,6 +252,14 @@ def test_expert_choice_on_a_causal_model_is_refused_unless_asked_for():
     wrapped("expert_choice", select_options={"threshold": "ema"})
 
 
+def test_gshard_on_a_causal_model_is_refused_unless_asked_for():
+    gshard = {"select": "capacity", "select_options": {"policy": "gshard"}}
+    with pytest.raises(ConfigError, match=r"second choice finds room.*'policy': 'switch'.*causal_leak='allow'"):
+        wrapped(**gshard)
+    wrapped(**gshard, causal_leak="allow")
+    wrapped(select="capacity")
+
+
 def test_expert_choice_fits_bidirectional_models():
     torch.manual_seed(0)
     bert = BertModel(
@@ -260,6 +268,7 @@ def test_expert_choice_fits_bidirectional_models():
     )
     model = get_peft_model(bert, config("expert_choice", target_modules=["query", "value"])).eval()
     assert torch.isfinite(model(input_ids=IDS).last_hidden_state).all()
+    config(select="capacity", select_options={"policy": "gshard"}).check_model(bert)
 
 
 @pytest.mark.parametrize("options", [{"threshold": "ema"}, {}])

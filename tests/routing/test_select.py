@@ -203,3 +203,14 @@ def test_exchanged_parts_are_obeyed():
         exchanged.select, exchanged.weight = select, weight
         assert torch.equal(exchanged(x).dense_NE(), wanted(x).dense_NE())
         assert not torch.equal(exchanged(x).dense_NE(), before)
+
+
+@pytest.mark.parametrize(("policy", "leaks"), [("switch", False), ("gshard", True)])
+def test_only_gshard_lets_a_later_token_decide_about_an_earlier_one(policy, leaks):
+    """Two tokens with equal choices, one place in each expert; the second token's choices are changed."""
+    select = SelectCapacity(2, factor=0.5, policy=policy).eval()
+    one = torch.tensor([[3.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 2.0]])
+    two = torch.tensor([[3.0, 2.0, 0.0, 0.0], [0.0, 3.0, 0.0, 2.0]])
+    before, after = (select(scores, decisions(2), CONTEXT).ids_NK[0].tolist() for scores in (one, two))
+    assert before == [0, 1]
+    assert after == ([0, -1] if leaks else before)
