@@ -121,13 +121,14 @@ def plain_and_routed() -> tuple[nn.Module, nn.Module]:
 def sequence_bars(rounds: int) -> list[dict[str, Any]]:
     """Realised share of the possible saving, for prefill and decode, batch 1 and 4, skip shares 1/4 and 1/2."""
     plain, routed = plain_and_routed()
-    routable = list(range(1, 30))
+    layers = plain.config.num_hidden_layers
+    routable = list(range(1, layers))
     rows = []
     for batch in (1, 4):
         ids = torch.randint(0, 49152, (batch, PREFILL), generator=torch.Generator().manual_seed(1))
 
         def table(skipped: set[int]) -> list[list[int]]:
-            return [[0 if layer in skipped else 1 for layer in range(30)]]
+            return [[0 if layer in skipped else 1 for layer in range(layers)]]
 
         sides = {"dense": Routes(plain, None, ids), "none": Routes(routed, table(set(routable)), ids)}
         for share in (0.25, 0.5):

@@ -5,7 +5,8 @@
 
 The base is fine-tuned once (a LoRA adapter in DIR/base that every method merges); every phase of every method then has
 the same number of steps on the same data. One JSON row a point in DIR/rows.jsonl, written as soon as it is known: what
-has a row is not run again, and a method that was trained is not trained again.
+has a row is not run again, and a method that was trained is not trained again. What all points have in common (steps,
+model, ...) is in DIR/settings.json; a folder takes no points of other settings.
 
 A row: `saved` = the share of all layers that the compute knob was calibrated to save on training examples (null: as
 trained), `budget` = where the knob stands, `layers` = mean layer applications over prompts, `nats_per_token` and `exact` (all tokens of the answer are the
@@ -42,6 +43,8 @@ SAVED: dict[str, tuple[float | None, ...]] = {
 }
 # batches of training examples that a budget is calibrated on
 CALIBRATED = 4
+# what the points of one folder have in common
+SHARED = ("steps", "base_steps", "questions", "simulations", "model")
 DECODED = 8
 
 
@@ -152,10 +155,15 @@ def compare(settings: Comparison) -> None:
 
     Args:
         settings: the comparison.
+
+    Raises:
+        CheckpointError: if the folder holds a comparison of other settings.
     """
     settings.folder.mkdir(parents=True, exist_ok=True)
     rows_file = settings.folder / "rows.jsonl"
-    known = {(row["method"], row["seed"], row["saved"]) for row in read_rows(rows_file)}
+    rows = read_rows(rows_file)
+    _agree(settings, rows)
+    known = {(row["method"], row["seed"], row["saved"]) for row in rows}
     fine_tuned_base(settings)
     for seed in settings.seeds:
         for method in settings.methods:
@@ -166,6 +174,25 @@ def compare(settings: Comparison) -> None:
                 with rows_file.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
+
+
+def _agree(settings: Comparison, rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse a folder whose points could not be compared with new ones; note the settings of a fresh one."""
+    from moe_kit.errors import CheckpointError
+
+    path = settings.folder / "settings.json"
+    asked = {name: getattr(settings, name) for name in SHARED}
+    # rows of a folder without the file tell their steps
+    before = {"steps": rows[0]["steps"]} if rows else {}
+    if path.exists():
+        before = json.loads(path.read_text())
+    other = {name: value for name, value in before.items() if value != asked[name]}
+    if other:
+        raise CheckpointError(
+            f"{settings.folder} holds a comparison with {other}, now asked for { ({name: asked[name] for name in other}) }: "
+            "use another folder, or the same settings."
+        )
+    path.write_text(json.dumps(asked, indent=2) + "\n")
 
 
 def _points(method: str, seed: int, shares: Sequence[float | None], settings: Comparison) -> Any:
@@ -197,11 +224,11 @@ def _points(method: str, seed: int, shares: Sequence[float | None], settings: Co
     # a sub-layer is half a layer
     routed = len(units) * (1.0 if config.units == "layer" else 0.5)
     batches = list(itertools.islice(work.batches(16), CALIBRATED))
+    if method == "importance":
+        # it leaves the order of the layers with the router, from which every budget takes the first
+        skip_least_important(work, batches)
     for saved in shares:
-        if method == "importance":
-            config.budget = saved * layers / routed
-            skip_least_important(work, batches)
-        elif saved is not None:
+        if saved is not None:
             calibrate_budget(work.model, batches, saved * layers / routed)
         result = evaluate_layers(work.model, work.tokenizer, work.held_out, recipe)
         tasks = [task for task in result if task != "mean"]
