@@ -110,7 +110,7 @@ def _run(recipe: Recipe, folder: Path, console: Console, resume: bool, first: bo
 
     console.print(f"[bold]3/4[/] training {escape(recipe.adapter.preset)}")
     model = wrap_model(model, recipe.adapter, seed=recipe.train.seed)
-    console.print(f"    adapts {escape(matched(model))}")
+    console.print(f"    adapts {escape(matched(model))}", soft_wrap=True)
     trainable, total = trainable_parameters(model)
     console.print(f"    {trainable:,} of {total:,} parameters are trainable ({100 * trainable / total:.2f} %)")
     costs = fit(model, tokenizer, encoded, recipe, folder / CHECKPOINTS, console=console, resume=resume)

@@ -42,7 +42,7 @@ ACTIVE = [
     (dict(select="top_k"), 2, "2"),
     (dict(select="sample_k", weight="remix", losses={}), 2, "2"),
     (dict(select="capacity"), 2, "up to 2"),
-    (dict(select="capacity", select_options={"policy": "gshard"}), 2, "up to 2"),
+    (dict(select="capacity", select_options={"policy": "gshard"}, causal_leak="allow"), 2, "up to 2"),
     (dict(select="expert_choice", causal_leak="allow", losses={}), 2, "2 on average"),
     (
         dict(
