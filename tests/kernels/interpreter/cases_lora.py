@@ -27,12 +27,13 @@ EDGES = {
     "empty slots": ([[0, -1], [-1, -1], [5, 1], [1, 7]], 2, 16, 16, 4),
     "nothing chosen": ([[-1, -1], [-1, -1]], 2, 16, 16, 4),
     "one expert twice": ([[1, 1], [0, 0]], 2, 16, 16, 4),
+    "no token": ([], 3, 16, 8, 4),
 }
 
 
 def make(edge, dtype=torch.float32):
     rows, E, D, O, L = EDGES[edge]
-    ids = torch.tensor(rows)
+    ids = torch.tensor(rows, dtype=torch.int64).view(len(rows), -1 if rows else 2)
     T = ids.shape[0]
     return ids, {
         "x": torch.randn(T, D).to(dtype),

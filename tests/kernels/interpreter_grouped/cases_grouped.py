@@ -176,3 +176,49 @@ def test_lora_grouped(edge, rank, gather, scatter, poison_empty):
     }
     options = {"plan": route_plan(ids, E), "gather": gather, "scatter": scatter, "scale": 0.5}
     compare(lambda t, backend: lora_grouped(**t, **options, backend=backend), tensors, torch.randn(ids.numel(), O))
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_residual_of_another_dtype(dtypes, scatter, poison_empty):
+    ids = ids_of(EDGES["empty slots"][0])
+    low = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    tensors = {
+        "x": torch.randn(ids.shape[0], 16).to(dtypes[0]),
+        "weight_EOD": (torch.randn(2, 18, 16) / 4).to(dtypes[0]),
+        "residual": torch.randn(ids.numel(), 18).to(dtypes[1]),
+    }
+    options = {"plan": route_plan(ids, 2), "gather": True, "scatter": scatter}
+
+    def function(t, backend):
+        y = grouped_mm(**t, **options, backend=backend)
+        assert y.dtype is dtypes[0]
+        return y
+
+    upstream = torch.randn(ids.numel(), 18)
+    compare(function, tensors, upstream, low)
+    gradients = run(lambda t: function(t, "triton"), tensors, upstream)
+    assert all(gradients[name].dtype is t.dtype for name, t in tensors.items())
+
+
+def test_weights_of_dropped_slots_may_be_nan(poison_empty):
+    rows, E, D, H = EDGES["empty slots"]
+    ids = ids_of(rows)
+    dropped = (ids < 0) | (ids >= E)
+    tensors, upstream = block(ids, E, D, H, bias=True)
+    x, up, plan = tensors["x_TD"], tensors["up_EFD"], route_plan(ids, E)
+    calls = {
+        "experts_mlp": (lambda t: experts_mlp(**t, expert_ids_TK=ids, backend="triton"), tensors, upstream),
+        "grouped_mm": (
+            lambda t: grouped_mm(**t, plan=plan, gather=True, activation="silu", backend="triton"),
+            {"x": x, "weight_EOD": up, "weights": tensors["weights_TK"]},
+            torch.randn(ids.numel(), up.shape[1]),
+        ),
+    }
+    for name, (function, t, upstream_) in calls.items():
+        key = next(key for key in t if key.startswith("weights"))
+        clean, with_nan = (
+            run(function, t | {key: t[key].masked_fill(dropped, value)}, upstream_) for value in (0.0, float("nan"))
+        )
+        for what, value in clean.items():
+            assert_close(f"{what} of {name}", with_nan[what], value)

@@ -253,3 +253,29 @@ def test_bad_input():
         lora_experts(x, A, B, None, weights, plan=route_plan(ids, 9))
     with pytest.raises(KernelError, match="group"):
         lora_linear_group(x, [], [], [], [], ids, weights)
+
+
+@pytest.mark.parametrize("kind", ["table", "pairs", "every expert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("L", [4, 3])
+@pytest.mark.parametrize("backend", ["dense", "sorted"])
+def test_saved_tensors_are_the_promised_ones(backend, L, dtype, kind):
+    T, E, K = 64, 8, 2
+    x, A, B, base, ids, weights = make(T=T, E=E, K=K, D=24, O=40, L=L, dtype=dtype)
+    plan, pairs = route_plan(ids, E), T * K
+    if kind == "pairs":
+        pairs = 50
+        plan = route_plan_pairs(torch.randint(0, T, (50,)), torch.randint(0, E, (50,)), T, E)
+        weights = torch.rand(50, requires_grad=True)
+    elif kind == "every expert":
+        plan, pairs, weights = None, T * E, torch.rand(T, E, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_experts(x, A, B, None, weights, plan=plan, base_TO=base, backend=backend)
+    own = sorted(t.untyped_storage().data_ptr() for t in (x, A, B, weights))
+    assert sorted(t.untyped_storage().data_ptr() for t in saved if t.untyped_storage().data_ptr() in own) == own
+    extra = [t for t in saved if t.untyped_storage().data_ptr() not in own]
+    # H [P, L] alone; every expert's H is one matrix [T, E*L]
+    assert [t.numel() for t in extra] == [pairs * L], [tuple(t.shape) for t in extra]
+    assert extra[0].dtype is dtype
+    assert extra[0].untyped_storage().nbytes() == pairs * L * dtype.itemsize, "a view keeps all of its memory"
