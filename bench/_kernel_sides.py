@@ -4,6 +4,7 @@ import argparse
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from moe_kit_kernels import KernelError, experts_mlp, lora_experts
@@ -111,6 +112,9 @@ def draw_ids(load: str, tokens: int, experts: int, top_k: int) -> Tensor:
 
     Returns:
         int64 ids, K distinct experts a token.
+
+    Raises:
+        KernelError: There is no such file, or its ids are of another shape or of experts that are not there.
     """
     if load == "uniform":
         return torch.rand(tokens, experts).topk(top_k).indices
@@ -120,7 +124,18 @@ def draw_ids(load: str, tokens: int, experts: int, top_k: int) -> Tensor:
         return (p_E.log() - torch.empty(tokens, experts).exponential_().log()).topk(top_k).indices
     if load == "one":
         return torch.arange(top_k).expand(tokens, top_k).contiguous()
-    return torch.load(load, weights_only=True)[:tokens].long()
+    if not Path(load).is_file():
+        raise KernelError(
+            f"bench kernels: --load got {load!r}; expected uniform, zipf, one or a file. Correct the name."
+        )
+    ids = torch.load(load, weights_only=True)[:tokens].long()
+    if ids.shape != (tokens, top_k) or int(ids.min()) < 0 or int(ids.max()) >= experts:
+        got = f"{list(ids.shape)}, ids {int(ids.min())} to {int(ids.max())}" if ids.numel() else "no ids"
+        raise KernelError(
+            f"bench kernels: --load {load} holds {got}; expected [{tokens}, {top_k}], ids 0 to {experts - 1}. "
+            "Pass the file's --tokens, --top-k and --experts."
+        )
+    return ids
 
 
 def experts_sides(options: argparse.Namespace, ids: Tensor) -> Sides:

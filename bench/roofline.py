@@ -14,6 +14,7 @@ from moe_kit_kernels.roofline import (
     Cost,
     Device,
     compaction_designs,
+    gate_designs,
     grouped_lora_designs,
     linear_designs,
     lora_designs,
@@ -31,7 +32,7 @@ LINEARS = {"q, o": (4096, 4096), "k, v": (4096, 1024), "gate, up": (4096, 14336)
 """Linears of a Llama-3-8B layer: width in, width out."""
 BANKS = ((8, 8), (8, 16), (8, 64), (64, 16), (64, 64))
 """Experts and rank of the routed LoRA experts."""
-OPERATORS = ("experts_mlp", "lora_experts", "lora_linear", "lora_grouped", "token_gather")
+OPERATORS = ("experts_mlp", "lora_experts", "lora_linear", "lora_grouped", "topk_gate", "token_gather")
 
 Case = tuple[str, str, Callable[[Device, bool], dict[str, list[Cost]]]]
 
@@ -51,6 +52,10 @@ def cases(operators: tuple[str, ...], tokens: int, every_linear: bool) -> Iterat
             sizes = (shape["K"], shape["E"], 16, shape["D"], 2 * shape["H"])
             name = f"{model} gate and up, rank 16"
             yield "lora_grouped", name, lambda d, b, s=sizes: grouped_lora_designs(tokens, *s, device=d, backward=b)
+        if "topk_gate" in operators:
+            sizes = (shape["K"], shape["E"])
+            name = f"{model} router, top-{shape['K']} of {shape['E']}"
+            yield "topk_gate", name, lambda d, b, s=sizes: gate_designs(tokens, *s, device=d, backward=b)
     for name, (D, O) in LINEARS.items():
         for E, L in BANKS:
             if not every_linear and name != "q, o" and (E, L) != (8, 16):

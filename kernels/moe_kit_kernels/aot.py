@@ -19,7 +19,11 @@ attributes follow as the JIT would set them (1 becomes a constant, multiples of 
     )
 
 Compiled kernels are cached by Triton, keyed on the kernel's source, the attributes and the target: an unchanged kernel
-costs nothing in the next run. Run it with `moe-kit kernels check` or `python -m moe_kit_kernels.aot`.
+costs nothing in the next run. Run it with `moe-kit kernels check` or `python -m moe_kit_kernels.aot`; `--first` compiles one
+variant of each kernel, which is what continuous integration does from a cold cache.
+
+gfx942 is checked where the wheel can compile for it. Misses that are known there, listed with their reasons in `KNOWN`, are
+reported and do not fail.
 """
 
 import argparse
@@ -44,6 +48,12 @@ from moe_kit_kernels.tuning import SHARED_LIMIT
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 """Checked unless the caller names others."""
 _LIMIT = {**SHARED_LIMIT, "gfx942": 65536}
+_NARROW = "blocks are sized for warps of 32 lanes: over wavefronts of 64 a lane has half of 16 bytes"
+KNOWN = {
+    ("gfx942", kernel): ("no 128-bit load", _NARROW)
+    for kernel in ("split_sum", "combine", "token_gather", "token_scatter", "token_scatter_grad")
+}
+"""(Architecture, kernel) -> the miss that is known, by how its sentence begins, and its reason."""
 _MATRIX = {"mma": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mfma": r"v_mfma"}
 _WIDE = r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64|cp\.async\.cg\.shared\.global[^;]*\b0x10\b|cp\.async\.bulk|global_load_dwordx4|buffer_load_dwordx4"
 
@@ -98,6 +108,8 @@ def check(
     json_path: str | Path | None = None,
     keep_dir: str | Path | None = None,
     kernels: Iterable[str] | None = None,
+    *,
+    first: bool = False,
 ) -> list[dict]:
     """Compile every registered variant for every architecture and judge the machine code.
 
@@ -106,10 +118,11 @@ def check(
         json_path: Where to write the rows; None writes nothing.
         keep_dir: Folder that receives `<kernel>.<variant>.<arch>.cubin` (`.hsaco` for AMD); None keeps nothing.
         kernels: Only these kernels; None means all.
+        first: Only the first variant of each kernel.
 
     Returns:
         Rows with kernel, variant, arch, registers, spill_bytes, shared_bytes, mma (the matrix instructions found, as
-        "name x count", empty without), ok, and problems (a list of sentences).
+        "name x count", empty without), ok, problems (a list of sentences), and known (the reason of a known miss, else empty).
 
     Raises:
         KernelError: Triton is not installed, its interpreter is switched on, an architecture or kernel is unknown.
@@ -128,6 +141,10 @@ def check(
         names = {variant.kernel for variant in variants}
         if wanted is not None and wanted - names:
             raise fail("aot.check", "kernels", sorted(wanted - names), f"names among {sorted(names)}", "Correct them")
+        if first:
+            variants = [
+                next(v for v in variants if v.kernel == name) for name in dict.fromkeys(v.kernel for v in variants)
+            ]
         for variant in variants:
             if wanted is None or variant.kernel in wanted:
                 rows.append(_judge(variant, arch, keep_dir))
@@ -188,7 +205,7 @@ def compile_variant(variant: Variant, arch: str) -> Any:
 
 def _judge(variant: Variant, arch: str, keep_dir: str | Path | None) -> dict:
     row = {"kernel": variant.kernel, "variant": variant.name, "arch": arch, "registers": 0, "spill_bytes": 0}
-    row |= {"shared_bytes": 0, "mma": "", "ok": False, "problems": []}
+    row |= {"shared_bytes": 0, "mma": "", "ok": False, "problems": [], "known": ""}
     problems: list[str] = row["problems"]
     try:
         compiled = compile_variant(variant, arch)
@@ -214,6 +231,9 @@ def _judge(variant: Variant, arch: str, keep_dir: str | Path | None) -> dict:
     if variant.wide_loads and not re.search(_WIDE, text):
         problems.append("no 128-bit load in the aligned variant")
     row["ok"] = not problems
+    start, reason = KNOWN.get((arch, variant.kernel), ("", ""))
+    if problems and start and all(problem.startswith(start) for problem in problems):
+        row["known"] = reason
     if keep_dir is not None:
         Path(keep_dir).mkdir(parents=True, exist_ok=True)
         suffix = "hsaco" if amd else "cubin"
@@ -257,25 +277,27 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Command-line words; None takes the process's own.
 
     Returns:
-        Exit status: 0 when every row is ok.
+        Exit status: 0 when every row is ok or a known miss.
     """
     parser = argparse.ArgumentParser(description="Compile every kernel ahead of time and judge the machine code.")
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument("--keep", help="folder for the compiled kernels")
     parser.add_argument("--kernel", nargs="+", help="only these kernels")
+    parser.add_argument("--first", action="store_true", help="one variant of each kernel")
     options = parser.parse_args(arguments)
-    rows = check(options.arch, options.json, options.keep, options.kernel)
+    rows = check(options.arch, options.json, options.keep, options.kernel, first=options.first)
     for row in rows:
-        verdict = "ok  " if row["ok"] else "FAIL"
+        verdict = "ok  " if row["ok"] else "miss" if row["known"] else "FAIL"
         print(
             f"{verdict} {row['kernel']:18s} {row['variant']:18s} {row['arch']:6s} {row['registers']:3d} registers  "
             f"{row['spill_bytes']:4d} B spilled  {row['shared_bytes']:6d} B shared  {row['mma']}"
         )
         for problem in row["problems"]:
-            print(f"     {problem}")
-    print(f"{sum(row['ok'] for row in rows)} of {len(rows)} ok")
-    return 0 if all(row["ok"] for row in rows) else 1
+            print(f"     {problem}" + (f" (known: {row['known']})" if row["known"] else ""))
+    known = sum(bool(row["known"]) for row in rows)
+    print(f"{sum(row['ok'] for row in rows)} of {len(rows)} ok" + (f", {known} known misses" if known else ""))
+    return 0 if all(row["ok"] or row["known"] for row in rows) else 1
 
 
 if __name__ == "__main__":

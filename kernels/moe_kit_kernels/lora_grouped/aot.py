@@ -18,8 +18,8 @@ def variants(arch: str) -> list[Variant]:
     """
     found = []
     shapes = (
-        ("aligned-16", 16, 2048, 1536, 16, False),
         ("aligned-128", 128, 2048, 1536, 64, False),
+        ("aligned-16", 16, 2048, 1536, 16, False),
         ("dx-128", 128, 1536, 2048, 16, True),
         ("odd-128", 128, 1001, 333, 5, False),
     )

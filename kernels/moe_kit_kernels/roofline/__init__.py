@@ -9,6 +9,7 @@ token that several experts read hits while it is still there. `python -m bench r
 
 from moe_kit_kernels.roofline.designs_experts import compaction_designs, grouped_lora_designs, mlp_designs
 from moe_kit_kernels.roofline.designs_lora import linear_designs, lora_designs
+from moe_kit_kernels.roofline.gate import gate_backward_cost, gate_cost, gate_designs
 from moe_kit_kernels.roofline.grouped import (
     combine_cost,
     gather_cost,
@@ -29,6 +30,9 @@ __all__ = [
     "combine_cost",
     "compaction_designs",
     "down_dense_cost",
+    "gate_backward_cost",
+    "gate_cost",
+    "gate_designs",
     "gather_cost",
     "gram_cost",
     "grouped_lora_designs",

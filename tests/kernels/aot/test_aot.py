@@ -92,6 +92,65 @@ def test_command_line_writes_rows_and_keeps_code(tmp_path):
     assert kept == {f"combine.{row['variant']}.sm_80.cubin" for row in rows}
 
 
+def test_the_first_variant_stands_for_its_kernel(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    judged = []
+
+    def judge(variant, arch, keep_dir):
+        judged.append(variant)
+        return {"kernel": variant.kernel, "ok": True}
+
+    monkeypatch.setattr(aot, "_judge", judge)
+    kernels = {variant.kernel for variant in aot.registered("sm_90")}
+    aot.check(["sm_90"], first=True)
+    assert len(judged) == len(kernels)
+    assert {variant.kernel for variant in judged} == kernels
+    # aligned, and with the tile that has most to lose
+    assert all(v.wide_loads or v.kernel.startswith(("topk_gate", "lora_decode")) for v in judged)
+    assert {v.tile_rows for v in judged if v.kernel.startswith("grouped_") or v.kernel == "lora_grouped"} == {128}
+
+
+def test_four_byte_operands_are_compiled():
+    variants = aot.registered("sm_90")
+    for kernel in ("grouped_mm", "grouped_mm_dact", "grouped_gram", "lora_grouped", "lora_down_dense", "lora_up_dense"):
+        wide = [v for v in variants if v.kernel == kernel and "*fp32" in {v.pointers.get(p) for p in POINTERS}]
+        assert len(wide) >= 2
+        assert any(v.wide_loads for v in wide)
+        # exact products use no matrix instruction
+        assert all(v.tile_rows == 0 or v.constants["PRECISION"] == "tf32" or "mixed" in v.name for v in wide)
+    mixed = [v for v in variants if {v.pointers.get("x_ptr"), v.pointers.get("a_ptr")} == {"*bf16", "*fp32"}]
+    assert mixed, "PEFT trains float32 banks on a bfloat16 base"
+
+
+POINTERS = ("w_ptr", "dz_ptr", "a_ptr", "b_ptr")
+
+
+def test_a_known_miss_is_reported_and_does_not_fail(monkeypatch, capsys):
+    rows = [{"kernel": "combine", "variant": "aligned", "arch": "gfx942", "registers": 1, "spill_bytes": 0}]
+    rows[0] |= {"shared_bytes": 0, "mma": "", "ok": False, "problems": ["no 128-bit load"], "known": "a reason"}
+    monkeypatch.setattr(aot, "check", lambda *_, **__: rows)
+    assert aot.main(["--arch", "gfx942"]) == 0
+    assert "a reason" in capsys.readouterr().out
+    rows[0]["known"] = ""
+    assert aot.main(["--arch", "gfx942"]) == 1
+
+
+def test_only_the_known_miss_is_known(monkeypatch):
+    variant = next(v for v in aot.registered("gfx942") if v.kernel == "combine")
+
+    class Compiled:
+        asm = {"amdgcn": ".vgpr_count: 8\n.private_segment_fixed_size: 0", "hsaco": b""}
+
+        class metadata:
+            shared = 0
+
+    monkeypatch.setattr(aot, "compile_variant", lambda *_: Compiled)
+    assert aot._judge(variant, "gfx942", None)["known"]
+    # another problem beside it fails, and so does the same on another architecture's row
+    Compiled.metadata.shared = 1 << 20
+    assert not aot._judge(variant, "gfx942", None)["known"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [({"archs": ["sm_70"]}, "sm_70"), ({"archs": ["sm_90"], "kernels": ["nothing"]}, "nothing")],

@@ -11,6 +11,7 @@ from moe_kit_kernels.lora_experts import tiles as lora_tiles
 from moe_kit_kernels.lora_grouped import triton as lora_grouped
 from moe_kit_kernels.route_plan import tile_height
 from moe_kit_kernels.token_gather import triton as compaction
+from moe_kit_kernels.topk_gate.triton_autograd import TritonGate
 from triton.runtime import interpreter
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreter.py"
@@ -21,12 +22,14 @@ IDS = torch.tensor([[0, 1], [0, 2], [2, 0], [3, 0]] * 5)
 @pytest.fixture
 def traced(monkeypatch):
     """Count the bytes of floating-point elements that programs load and store."""
-    counted = {"bytes": 0}
+    counted = {"bytes": 0, "with integers": 0}
 
     def count(pointers, mask):
         element = pointers.get_element_ty()
+        moved = int(mask.data.sum()) * element.primitive_bitwidth // 8
+        counted["with integers"] += moved
         if element.is_floating():
-            counted["bytes"] += int(mask.data.sum()) * element.primitive_bitwidth // 8
+            counted["bytes"] += moved
 
     load, store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
 
@@ -174,3 +177,14 @@ def test_compaction(traced):
     traced["bytes"] = 0
     compaction.scatter_backward(x, packed, index, weights, True, True)
     assert traced["bytes"] == roofline.scatter_backward_cost(5, 3, 40, itemsize=4).l2_bytes
+
+
+@pytest.mark.parametrize(("T", "K", "E"), [(70, 2, 8), (37, 3, 60)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gate(T, K, E, bias, traced):
+    logits = torch.randn(T, E, requires_grad=True)
+    _, weights, _ = TritonGate.apply(logits, torch.randn(E) if bias else None, K, "softmax", True, 1.0)
+    assert traced["with integers"] == roofline.gate_cost(T, K, E, bias=bias).l2_bytes
+    traced["with integers"] = 0
+    weights.sum().backward()
+    assert traced["with integers"] == roofline.gate_backward_cost(T, K, E).l2_bytes
