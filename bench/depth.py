@@ -296,15 +296,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "compare":
         compare(Comparison(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Comparison)}))
         return
-    setting = dict(torch=torch.__version__, threads=2, machine=platform.processor() or platform.machine())
-    print(json.dumps(setting), flush=True)
+    about = dict(torch=torch.__version__, threads=2, machine=platform.processor() or platform.machine())
+    print(json.dumps(about), flush=True)
     rows = [
         row
         for name in options.only
         for row in BARS[name](max(3, options.rounds // 4) if name == "search" else options.rounds)
     ]
     if options.json is not None:
-        options.json.write_text("".join(json.dumps({**setting, **row}) + "\n" for row in rows))
+        options.json.write_text("".join(json.dumps({**about, **row}) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
