@@ -1,10 +1,12 @@
 """Variants of the LoRA kernels for the ahead-of-time check: model widths at usual ranks, and odd widths and ranks."""
 
+from dataclasses import replace
 from typing import Any
 
 from moe_kit_kernels.aot import Variant
 from moe_kit_kernels.lora_experts import tiles
 from moe_kit_kernels.lora_experts import triton as kernels
+from moe_kit_kernels.tuning import SHARED_LIMIT, fit
 
 # pointer types of x (and what is in its dtype) and of the bank (and H); PEFT trains float32 banks on a bfloat16 base
 _DTYPES = {"bf16": ("*bf16", "*bf16"), "fp32": ("*fp32", "*fp32"), "mixed": ("*bf16", "*fp32")}
@@ -53,7 +55,18 @@ def variants(arch: str) -> list[Variant]:
     found.append(_up("flat-odd", 1001, 3, 5, 2, capability, linear=False, flat=True))
     found.append(_sorted("flat-rows-16", 4096, 64, 16, 2, rows=16, flat=True))
     found.append(_decode_up("flat-odd", 1001, 3, 5, 2, flat=True))
-    return found + _wider(capability)
+    limit = SHARED_LIMIT.get(arch, 65536)
+    return [_cut(variant, limit) for variant in found + _wider(capability)]
+
+
+def _cut(variant: Variant, limit: int) -> Variant:
+    """The down product's pipeline as `tiles.tuned` cuts it to the device's shared memory."""
+    if variant.kernel != "lora_down_dense":
+        return variant
+    sizes = variant.constants
+    config = {"BM": sizes["BM"], "BK": sizes["BK"], "num_stages": variant.num_stages}
+    config = fit(config, sizes["BM"], _SIZES[variant.pointers["a_ptr"]], False, limit, sizes["EB"] * sizes["LP"])
+    return replace(variant, constants={**sizes, "BK": config["BK"]}, num_stages=config["num_stages"])
 
 
 def _wider(capability: int) -> list[Variant]:
