@@ -209,13 +209,14 @@ def run_linears(
             if torch.is_grad_enabled():
                 return cpu_linears.RoutedLinears.apply(backend, plan, scale, x_TD, decision.weights, *tensors)
             return tuple(cpu_linears.forward(backend, plan, scale, x_TD, decision.weights, tensors, False)[0])
-    fuses = False
+    fuses = apart = False
     if backend == "dense" and uses_triton(x_TD.device):
-        plan = resolve_plan(operator, T, E, decision)
-        fuses = on_kernels(decision, x_TD) and linear_fuses(plan, A, dtype)
+        plan, kernels = resolve_plan(operator, T, E, decision), on_kernels(decision, x_TD)
+        fuses = kernels and linear_fuses(plan, A, dtype, [w.shape[0] for w in weights_OD])
+        apart = kernels and not fuses
         if not everyone:
             decision = Decision(None, decision.weights, plan)
-    if backend != "dense" or (insisted and not fuses):
+    if backend != "dense" or apart or (insisted and not fuses):
         # the base product stays the vendor's; the experts are added into it
         if decision.plan is None and not everyone and backend != "decode":
             decision = Decision(None, decision.weights, resolve_plan(operator, T, E, decision))
