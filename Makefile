@@ -35,7 +35,7 @@ types:
 
 docs:
 	$(BIN)/interrogate --quiet moe_kit kernels/moe_kit_kernels
-	$(BIN)/python -m pytest --doctest-modules moe_kit -p no:cacheprovider
+	$(BIN)/python -m pytest --doctest-modules moe_kit tests/test_docs_examples.py -p no:cacheprovider
 
 bench: env
 	$(BIN)/python -m bench
