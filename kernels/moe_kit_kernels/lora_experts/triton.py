@@ -163,7 +163,8 @@ def lora_up_dense_kernel(
             hit = (expert[:, None] == e[None, :]) & mask_c[None, :] & mask_m[:, None]
             h = tl.load(h_ptr + pair[:, None] * L + l[None, :], mask=hit, other=0.0).to(tl.float32)
             if WEIGHTS:
-                h = h * (scale * tl.load(weights_ptr + pair, mask=mask_m, other=0.0))[:, None]
+                # a dropped pair's weight counts nowhere, and may be NaN
+                h = h * (scale * tl.load(weights_ptr + pair, mask=mask_m & (expert < E), other=0.0))[:, None]
             gated += h
         b = tl.load(
             b_ptr

@@ -143,7 +143,7 @@ def test_saved_tensors_are_the_promised_ones(how, monkeypatch):
     assert [tuple(s.shape) for s in saved if s.data_ptr() not in own.values()] == [(ids.numel(), 4)]
 
 
-@pytest.mark.parametrize("how", ["sorted", "decode"])
+@pytest.mark.parametrize("how", ["dense", "mixed", "sorted", "decode"])
 def test_weights_of_dropped_slots_may_be_nan(how, monkeypatch, poison_empty):
     ids, t = make("empty slots")
     del t["W"], t["bias"]
