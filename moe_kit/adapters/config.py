@@ -241,7 +241,11 @@ class RoutedAdapterConfig(PeftConfig):
                 f"training but not while generating. Choose {look[1]}, or say causal_leak='allow'."
             )
         if self.expert_layout is not None:
-            self.expert_pattern = {**self.expert_pattern, **layout_pattern(model, self.expert_layout)}
+            layout = layout_pattern(model, self.expert_layout)
+            # a saved configuration holds them already, sorted among the user's own patterns, which go first
+            made = {*layout, *(key.removesuffix(r"\..*") for key in layout)}
+            own = {key: count for key, count in self.expert_pattern.items() if key not in made}
+            self.expert_pattern = {**own, **layout}
 
     def _look_ahead(self) -> tuple[str, str] | None:
         """What later tokens decide about and the causal form of it, if the selection compares tokens of a sequence."""

@@ -55,7 +55,7 @@ def calibrate_budget(
         raise ConfigError("calibrate_budget needs at least one batch.")
     state = find_depth_state(model)
     adapter = state.active()
-    kind = state.configs[adapter].budget_kind
+    kind, before = state.configs[adapter].budget_kind, state.configs[adapter].budget
     was_training = model.training
     model.eval()
     try:
@@ -74,6 +74,10 @@ def calibrate_budget(
         _, budget, share = min(tried)
         set_budget(model, budget)
         return budget, share
+    except BaseException:
+        # an interrupted search leaves the knob where it was
+        state.configs[adapter].budget = before
+        raise
     finally:
         model.train(was_training)
 

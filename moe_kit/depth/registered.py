@@ -25,6 +25,8 @@ class Quiet:
     """
 
     losses: dict[str, Any] = {}
+    # actions are no experts: metrics of load and collapse leave them out
+    has_experts = False
 
     def __init__(self, training: bool) -> None:
         self.training = training

@@ -21,6 +21,7 @@ from moe_kit.depth.route import Route, check_record, refuse_others, repeat_rows
 from moe_kit.depth.windows import Windows
 from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.hf.cache import CarriedDecisions, ensure_carrier
+from moe_kit.hf.delivery import announced
 from moe_kit.hf.hooks import HookedRouting
 from moe_kit.routing.decision import Routing
 
@@ -337,6 +338,9 @@ class DepthState:
 
 
 def _asks_router_logits(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    if announced(module):
+        # a dense base that only says so for trainers
+        return False
     asked = arguments.get("output_router_logits")
     return bool(getattr(getattr(module, "config", None), "output_router_logits", False) if asked is None else asked)
 

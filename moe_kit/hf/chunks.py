@@ -14,7 +14,8 @@ import warnings
 import torch
 from transformers import GenerationMixin
 
-_PREFILL = GenerationMixin._prefill.__code__
+# no public name: without it no chunk is noticed, and nothing is said
+_PREFILL = getattr(getattr(GenerationMixin, "_prefill", None), "__code__", None)
 
 
 def prefill_chunk_size() -> int | None:
@@ -25,7 +26,7 @@ def prefill_chunk_size() -> int | None:
     Returns:
         `prefill_chunk_size`; None for a prompt read at one go, outside of `generate`, and in a compiled call.
     """
-    if torch.compiler.is_compiling():
+    if _PREFILL is None or torch.compiler.is_compiling():
         return None
     frame = sys._getframe()
     while frame is not None:

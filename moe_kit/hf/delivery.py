@@ -59,6 +59,11 @@ def announce(model: nn.Module) -> None:
         model.__dict__[_ANNOUNCED] = True
 
 
+def announced(model: nn.Module) -> bool:
+    """Whether a model speaks of router logits only because of `announce`, and has no routers of its own."""
+    return bool(model.__dict__.get(_ANNOUNCED, False))
+
+
 def withdraw(model: nn.Module) -> None:
     """Undo `announce`."""
     if model.__dict__.pop(_ANNOUNCED, False):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ def routing_metrics(model: nn.Module) -> dict[str, float]:
         RoutingError: if the model has no moe_kit routers.
     """
     state = require_routing_state(model)
-    routings = [(site, routing) for site, routing, _ in state.context.registered]
+    # layer routers show their actions here too, which are no experts: to execute everything is no collapse
+    routings = [(site, routing) for site, routing, router in state.context.registered if has_experts(router)]
     if not routings:
         return {}
     device = routings[0][1].weights_NK.device
@@ -78,6 +80,11 @@ def routing_metrics(model: nn.Module) -> dict[str, float]:
     if overlaps:
         metrics["overlap"] = host[per_site.numel() :].mean()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def has_experts(router: Any) -> bool:
+    """Whether what a router chooses are experts."""
+    return getattr(router, "has_experts", True)
 
 
 _NAMES = (

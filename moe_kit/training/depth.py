@@ -209,8 +209,8 @@ def _supervised(work: OpenRecipe, phase: PhaseConfig, config: FitConfig, step: C
     other = [e.example_id for e in examples if found[e.example_id].get("digest") != digest_of(e, work.recipe.data)]
     if other:
         raise CheckpointError(
-            f"{work.recipe.search.output} labels other questions than this recipe's under the same names: {len(other)}, "
-            f"{other[0]} say. Search with this recipe's data section, into another file."
+            f"{work.recipe.search.output} labels other questions than this recipe's under the same names, or was written "
+            f"without digests of its questions: {len(other)}, {other[0]} say. Search with this recipe, into another file."
         )
     rows = EncodedExamples(examples, work.tokenizer, work.recipe.data)
     collate = Collator(pad_token_id=work.tokenizer.pad_token_id, answer_logits_only=False)

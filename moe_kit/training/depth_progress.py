@@ -93,7 +93,8 @@ class Progress:
             stored = load_file(str(self.folder / Path(state["tensors"]).name))
             self.phase, self.results, self._history = state["phase"], state["results"], state["history"]
             for name in _CHANGING:
-                setattr(self.config, name, state["config"][name])
+                # a field that did not exist when the run began has its default
+                setattr(self.config, name, state["config"].get(name, getattr(self.config, name)))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
                 f"the state in {path} cannot be read: {error}. Leave --resume out to start over."

@@ -104,3 +104,11 @@ def test_wrong_arguments_are_refused():
         calibrate_budget(model, [], 0.5)
     with pytest.raises(RoutingError, match="no layer routers"):
         calibrate_budget(tiny(), BATCHES, 0.5)
+
+
+def test_an_interrupted_search_leaves_the_knob(monkeypatch):
+    model = routed("first")
+    monkeypatch.setattr("moe_kit.depth.calibrate._saved_share", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_budget(model, BATCHES, 0.9)
+    assert model.peft_config["default"].budget == 0.5

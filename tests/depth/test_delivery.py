@@ -6,7 +6,14 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from moe_kit import ConfigError, RoutedAdapterConfig, RoutingError, record_routing, routing_losses
+from moe_kit import (
+    ConfigError,
+    RoutedAdapterConfig,
+    RoutingError,
+    record_routing,
+    routing_losses,
+    routing_metrics,
+)
 from moe_kit.depth import LayerRoutingConfig, force_layers
 from moe_kit.depth.fit import FitConfig, fit_supervised
 from moe_kit.routing.state import weighted_routing_loss
@@ -152,3 +159,21 @@ def test_a_balance_loss_of_the_base_needs_every_token_in_every_layer(family):
     model = get_peft_model(tiny(family), LayerRoutingConfig()).train()
     expected = tiny(family).train()(**labelled(), output_router_logits=True).loss
     torch.testing.assert_close(passed(model, output_router_logits=True).loss, expected)
+
+
+def test_a_dense_base_may_skip_though_a_trainer_set_the_field_that_was_announced():
+    model = trained("first", rate=1.0)
+    batch, route = labelled(), [[1, 0, 1, 1, 0]]
+    with force_layers(model, route):
+        expected = model(**batch).logits
+        model.get_base_model().config.output_router_logits = True
+        assert torch.equal(model(**batch, output_router_logits=False).logits, expected)
+        assert torch.equal(model(**batch).logits, expected)
+
+
+def test_routing_metrics_are_about_experts_and_not_about_layers(caplog):
+    model = get_peft_model(tiny(), LayerRoutingConfig.from_preset("informed")).train()
+    model(**padded_batch((20, 20, 20)))
+    # it executes everything, as a fresh router should
+    assert routing_metrics(model) == {}
+    assert not caplog.records

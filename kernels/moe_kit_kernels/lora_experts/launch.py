@@ -41,7 +41,7 @@ def capability(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 0
-    major, minor = torch.cuda.get_devicecapability(device)
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
