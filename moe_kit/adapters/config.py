@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from moe_kit.errors import ConfigError
 from moe_kit.hf.adapter_files import check_adapter_folder
-from moe_kit.hf.fields import names_unknown_fields
+from moe_kit.hf.fields import names_unknown_fields, suggestion
 from moe_kit.hf.model_card import complete_card
 from moe_kit.hf.registration import add_peft_type
 from moe_kit.hf.sharing import SHARING
@@ -360,14 +359,3 @@ def layout_pattern(model: nn.Module, layout: list[int]) -> dict[str, int]:
         parts.setdefault(layer * len(layout) // count, []).append(layer)
     leaf = re.escape(path.rpartition(".")[2])
     return {rf"{leaf}\.({'|'.join(map(str, layers))})\..*": layout[part] for part, layers in parts.items()}
-
-
-def suggestion(name: str, known: set[str] | list[str]) -> str:
-    """A sentence that names the nearest known word, or nothing.
-
-    Args:
-        name: what was given.
-        known: what exists.
-    """
-    close = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."

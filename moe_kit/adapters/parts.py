@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from moe_kit.adapters.config import RoutedAdapterConfig, suggestion
+from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.errors import ConfigError
 from moe_kit.experts.bank import Bank
 from moe_kit.experts.lora import LoRABank
 from moe_kit.experts.rank_one import RankOneBank
 from moe_kit.experts.shared_a import SharedABank
 from moe_kit.experts.split_head import SplitHeadBank
+from moe_kit.hf.fields import suggestion
 from moe_kit.routing.balance import LOSSES, BalanceLoss, ReLUSparsityLoss
 from moe_kit.routing.capacity import SelectCapacity
 from moe_kit.routing.expert_choice import SelectEMAThreshold, SelectExpertChoice

@@ -180,7 +180,7 @@ def get_preset(name: str) -> Preset:
         ConfigError: if there is none of that name; the nearest is suggested.
     """
     if name not in PRESETS:
-        from moe_kit.adapters.config import suggestion
+        from moe_kit.hf.fields import suggestion
 
         raise ConfigError(f"there is no preset {name!r}.{suggestion(name, list(PRESETS))}")
     return PRESETS[name]

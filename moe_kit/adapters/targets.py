@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moe_kit.adapters.base_experts import AdaptedExperts
-from moe_kit.adapters.config import RoutedAdapterConfig, layout_pattern, suggestion
+from moe_kit.adapters.config import RoutedAdapterConfig, layout_pattern
 from moe_kit.errors import ConfigError
 from moe_kit.hf.experts import stacked_weights
+from moe_kit.hf.fields import suggestion
 
 ALL_LINEAR = "all-linear"
 

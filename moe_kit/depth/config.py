@@ -7,12 +7,12 @@ MLP): 0 skip, 1 execute, 2 repeat, 3 approximate. Fields are plain JSON; a prese
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any
 
 from peft.config import PeftConfig
 
 from moe_kit.errors import ConfigError
+from moe_kit.hf.fields import names_unknown_fields, suggestion
 from moe_kit.hf.model_card import complete_card
 from moe_kit.hf.registration import add_peft_type
 
@@ -36,6 +36,7 @@ _CHOICES = {
 BUDGET_RANGE = {"interpolation": (-1.0, 1.0), "threshold": (0.0, 1.0), "rate": (0.0, 1.0)}
 
 
+@names_unknown_fields
 @dataclass
 class LayerRoutingConfig(PeftConfig):
     """Configuration of layer routers, for `peft.get_peft_model` and native `add_adapter`.
@@ -260,9 +261,3 @@ def check_budget(kind: str, value: float) -> None:
     low, high = BUDGET_RANGE[kind]
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
         raise ConfigError(f"budget is {value!r}, expected a number in [{low:g}, {high:g}] for budget_kind {kind!r}.")
-
-
-def suggestion(name: str, known: Any) -> str:
-    """A sentence that names the nearest known word, or all of them."""
-    close = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."

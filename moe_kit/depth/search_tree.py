@@ -227,10 +227,11 @@ class Tree:
 
     def _improves(self, path: Path, score: float) -> bool:
         """Right, no worse than a right root, and ahead of the best path so far."""
-        # a score is kept with four decimals, and so is what it may fall short by
-        root = self.memory[self.root.path]
-        worst = max(self.config.correct, round(root - self.config.tolerance, 4))
-        if score < (worst if root >= self.config.correct else self.config.correct):
+        root, least = self.memory[self.root.path], self.config.correct
+        if root >= least:
+            # scores are kept with four decimals
+            least = max(least, round(root - self.config.tolerance, 4))
+        if score < least:
             return False
         return self.best is None or _rank(path) < _rank(self.best)
 

@@ -8,6 +8,7 @@ the `TypeError` and the words that Python has for an argument that does not exis
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -19,6 +20,17 @@ T = TypeVar("T")
 
 class UnknownFieldError(ConfigError, TypeError):
     """A configuration was given a field that it does not have."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the nearest known word, or all of them.
+
+    Args:
+        name: what was given.
+        known: what exists.
+    """
+    close = get_close_matches(name, known := sorted(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
 
 
 def names_unknown_fields(kind: type[T]) -> type[T]:
@@ -44,10 +56,8 @@ def names_unknown_fields(kind: type[T]) -> type[T]:
     def checked(self: T, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name not in known:
-                close = get_close_matches(name, known, n=1)
                 raise UnknownFieldError(
-                    f"{kind.__name__} got an unexpected keyword argument {name!r}."
-                    + (f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}.")
+                    f"{kind.__name__} got an unexpected keyword argument {name!r}.{suggestion(name, known)}"
                 )
         original(self, *args, **kwargs)
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +44,15 @@ def routing_metrics(model: nn.Module) -> dict[str, float]:
 
     Returns:
         At most twelve plain floats, whatever the number of layers: means over sites, and the worst site where that
-        matters. Empty before the first pass. A site that collapsed is named once in the log (`moe_kit` logger).
+        matters. Empty before the first pass. Sites that collapsed are named once, in one line of the log
+        (`moe_kit` logger).
 
     Raises:
         RoutingError: if the model has no moe_kit routers.
     """
     state = require_routing_state(model)
     # layer routers show their actions here too, which are no experts: to execute everything is no collapse
-    routings = [(site, routing) for site, routing, router in state.context.registered if has_experts(router)]
+    routings = [(site, routing) for site, routing, router in state.context.registered if router.has_experts]
     if not routings:
         return {}
     device = routings[0][1].weights_NK.device
@@ -82,10 +82,8 @@ def routing_metrics(model: nn.Module) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def has_experts(router: Any) -> bool:
-    """Whether what a router chooses are experts."""
-    return getattr(router, "has_experts", True)
-
+# sites that a warning names; all of them would be a line for each linear of a large model
+_NAMED = 3
 
 _NAMES = (
     "share_max",
@@ -153,14 +151,17 @@ def _overlap(first: Routing, second: Routing) -> Tensor:
 
 
 def _alarm(state: ModelRouting, sites: list[str], columns: dict[str, Tensor]) -> None:
-    warned = state.collapse_warned
-    for index, site in enumerate(sites):
-        if columns["collapsed"][index] and site not in warned:
-            warned.add(site)
-            logger.warning(
-                "routing collapsed at %s: all decisions use nearly the same experts (%.2f a decision, largest load "
-                "share %.2f). Raise the balance loss, lower the router's learning rate, or use preset 'loss_free'.",
-                site,
-                columns["chosen"][index],
-                columns["share_max"][index],
-            )
+    """Warn once of each site that collapsed; all that are new stand in one line."""
+    fresh = [i for i, site in enumerate(sites) if columns["collapsed"][i] and site not in state.collapse_warned]
+    if not fresh:
+        return
+    state.collapse_warned.update(sites[i] for i in fresh)
+    more = f" and {len(fresh) - _NAMED} more" if len(fresh) > _NAMED else ""
+    logger.warning(
+        "routing collapsed at %s%s: all decisions there use nearly the same experts (%.2f a decision, largest load "
+        "share %.2f). Raise the balance loss, lower the router's learning rate, or use preset 'loss_free'.",
+        ", ".join(sorted(sites[i] for i in fresh)[:_NAMED]),
+        more,
+        columns["chosen"][fresh].mean(),
+        columns["share_max"][fresh].max(),
+    )

@@ -51,6 +51,9 @@ class Router(nn.Module):
         group: routers of one group (an adapter) average their losses over their sites; groups add up.
     """
 
+    # what is chosen are experts; metrics of load and collapse are about these
+    has_experts = True
+
     site: str = "router"
     group: str = ""
 

@@ -8,27 +8,18 @@ Steps that log nothing cost nothing.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
-from moe_kit.routing.metrics import logger as site_alarm
 from moe_kit.routing.metrics import routing_metrics
 from moe_kit.routing.state import require_routing_state
 
 __all__ = ["RoutingMetricsCallback", "logged_routing"]
 
 PREFIX = "routing_"
-
-# layers that a warning names; all of them would be a line for each linear of a large model
-_NAMED = 3
-
-logger = logging.getLogger(__name__)
 
 
 class RoutingMetricsCallback(TrainerCallback):
@@ -91,7 +82,7 @@ class RoutingMetricsCallback(TrainerCallback):
 
 
 def logged_routing(model: nn.Module) -> dict[str, float]:
-    """Routing metrics of the last forward pass under the names of a log, with one warning for newly collapsed layers.
+    """Routing metrics of the last forward pass under the names of a log.
 
     Args:
         model: a model with moe_kit routers.
@@ -102,31 +93,4 @@ def logged_routing(model: nn.Module) -> dict[str, float]:
     Raises:
         RoutingError: if the model has no moe_kit routers.
     """
-    warned = require_routing_state(model).collapse_warned
-    before = set(warned)
-    with _no_line_for_each_site():
-        found = routing_metrics(model)
-    collapsed = sorted(warned - before)
-    if collapsed:
-        more = f" and {len(collapsed) - _NAMED} more" if len(collapsed) > _NAMED else ""
-        logger.warning(
-            "routing collapsed at %s%s: all decisions there use nearly the same experts. Raise the balance loss, lower the "
-            "router's learning rate, or use preset 'loss_free'.",
-            ", ".join(collapsed[:_NAMED]),
-            more,
-        )
-    return {PREFIX + name: value for name, value in found.items() if math.isfinite(value)}
-
-
-@contextmanager
-def _no_line_for_each_site() -> Iterator[None]:
-    """Hold the alarm of `routing_metrics` back, which has a line for every site."""
-
-    def drop(record: logging.LogRecord) -> bool:
-        return False
-
-    site_alarm.addFilter(drop)
-    try:
-        yield
-    finally:
-        site_alarm.removeFilter(drop)
+    return {PREFIX + name: value for name, value in routing_metrics(model).items() if math.isfinite(value)}

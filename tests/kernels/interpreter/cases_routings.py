@@ -3,7 +3,6 @@
 Run by test_interpreter.py in a process of its own with TRITON_INTERPRET=1.
 """
 
-import importlib.util
 import os
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from moe_kit_kernels.lora_experts import choice, dispatch, launch, triton_halves
 from moe_kit_kernels.route_plan import route_plan
 
 from tests.kernels.interpreter.cases_lora import make, run
+from tests.kernels.planted import plant
 from tests.tolerances import assert_close
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreter.py"
@@ -211,16 +211,7 @@ def test_sound_decode_passes(poison_empty):
 
 @pytest.mark.parametrize("bug", DECODE_BUGS)
 def test_bug_of_decode_is_caught(bug, tmp_path, monkeypatch, poison_empty):
-    kernel, old, new = DECODE_BUGS[bug]
-    source = Path(launch.__file__).with_name("triton.py").read_text()
-    start = source.index(f"def {kernel}(")
-    assert old in source[start:], f"the kernel changed: plant {bug!r} anew"
-    path = tmp_path / "planted.py"
-    path.write_text(source[:start] + source[start:].replace(old, new, 1))
-    spec = importlib.util.spec_from_file_location("planted", path)
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
-    monkeypatch.setattr(launch, kernel, getattr(planted, kernel))
+    plant(DECODE_BUGS[bug], launch, Path(launch.__file__).with_name("triton.py"), tmp_path, monkeypatch)
     with pytest.raises((AssertionError, IndexError)):
         compare_decode()
 

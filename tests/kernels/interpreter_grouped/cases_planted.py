@@ -3,7 +3,6 @@
 Run by test_interpreter.py in a process of its own with TRITON_INTERPRET=1.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from moe_kit_kernels.grouped_mm import launch, launch_sums, sizes
 from moe_kit_kernels.lora_grouped import triton as lora_grouped_triton
 from moe_kit_kernels.token_gather import triton as token_triton
 
+from tests.kernels.planted import plant
 from tests.tolerances import assert_close
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_interpreter.py"
@@ -107,18 +107,6 @@ def compare():
 
 def test_sound_kernels_pass(poison_empty):
     compare()
-
-
-def plant(bug, module, file, tmp_path, monkeypatch):
-    kernel, old, new = bug
-    source = Path(file).read_text()
-    assert old in source, f"the kernel changed: plant {bug!r} anew"
-    path = tmp_path / "planted.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("planted", path)
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
-    monkeypatch.setattr(module, kernel, getattr(planted, kernel))
 
 
 @pytest.mark.parametrize("bug", BUGS)

@@ -1,0 +1,26 @@
+"""A kernel with a mistake in it, in place of the sound one: what a comparison with the reference must notice."""
+
+import importlib.util
+from pathlib import Path
+
+
+def plant(bug, module, file, tmp_path, monkeypatch):
+    """Replace a kernel that a module launches.
+
+    Args:
+        bug: (kernel, text in its source, what replaces it there first).
+        module: whose attribute the kernel is.
+        file: source file of the kernel.
+        tmp_path: folder for the changed copy.
+        monkeypatch: pytest's.
+    """
+    kernel, old, new = bug
+    source = Path(file).read_text()
+    start = source.index(f"def {kernel}(")
+    assert old in source[start:], f"the kernel changed: plant {bug!r} anew"
+    path = tmp_path / "planted.py"
+    path.write_text(source[:start] + source[start:].replace(old, new, 1))
+    spec = importlib.util.spec_from_file_location("planted", path)
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    monkeypatch.setattr(module, kernel, getattr(planted, kernel))
