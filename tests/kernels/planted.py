@@ -8,7 +8,7 @@ def plant(bug, module, file, tmp_path, monkeypatch):
     """Replace a kernel that a module launches.
 
     Args:
-        bug: (kernel, text in its source, what replaces it there).
+        bug: (kernel, text of its file, also of helpers that it calls, what replaces it there).
         module: whose attribute the kernel is.
         file: source file of the kernel.
         tmp_path: folder for the changed copy.
@@ -16,10 +16,9 @@ def plant(bug, module, file, tmp_path, monkeypatch):
     """
     kernel, old, new = bug
     source = Path(file).read_text()
-    start = source.index(f"def {kernel}(")
-    assert old in source[start:], f"the kernel changed: plant {bug!r} anew"
+    assert old in source, f"the kernel changed: plant {bug!r} anew"
     path = tmp_path / "planted.py"
-    path.write_text(source[:start] + source[start:].replace(old, new))
+    path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("planted", path)
     planted = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(planted)
