@@ -1,8 +1,8 @@
 """Cost of routed adapters on SmolLM2-135M against plain LoRA, a loop over experts, and PEFT's own mixtures.
 
-    python -m bench adapters [--layers 30] [--rounds 20] [--json FILE] [--only step remix memory generate]
+    python -m bench adapters [--layers 30] [--rounds 20] [--json FILE] [--only step remix generate]
 
-All seven linears of each layer, 8 rows of 64 tokens, float32. A round runs every side once, in rotating order; a
+All seven linears of each layer, 8 rows of 64 tokens, float32. A round runs every side once, in changing order; a
 figure is the median over rounds of its time over PEFT LoRA rank 16's in the same round. The first side also runs
 twice, as the noise guard; a part whose guard lies outside 0.97 to 1.03 is repeated once, and the rows of both are
 kept. Before anything is timed, our preset is checked against the loop.

@@ -9,7 +9,7 @@ The comparison is in `bench/depth_compare.py`.
 Sequence scope: with d, r, z the cost of the plain model, of one with a share s of the routable layers skipped, and of
 one with all of them skipped, (d - r) / (s (d - z)) is the share of the possible saving that is realised; 1 is ideal.
 The plain model is one without any hook or router, whose parameters are the routed model's own: two copies in memory can
-differ in time by more than a router costs. All sides of a figure run once a round in rotating order, and figures are medians of per-round ratios.
+differ in time by more than a router costs. All sides of a figure run once a round in changing order, and figures are medians of per-round ratios.
 Outputs are checked before anything is timed.
 """
 
@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from bench import paired
+from bench import paired, shuffled
 from bench.depth_compare import METHODS, Comparison, compare, plot
 from moe_kit.depth import LayerRoutingConfig, force_layers
 from moe_kit.depth.routers import evenly_spaced
@@ -57,14 +57,13 @@ def base_model(layers: int | None = None) -> nn.Module:
 
 
 def rounds_of(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every side in every round, in rotating order."""
+    """Milliseconds of every side in every round, in changing order."""
     names = list(sides)
     for name in names:
         sides[name]()
     times: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in shuffled(names, index):
             start = time.perf_counter()
             sides[name]()
             times[name].append((time.perf_counter() - start) * 1e3)

@@ -24,6 +24,7 @@ import torch
 from moe_kit_kernels import KernelError
 from torch import Tensor
 
+from bench import shuffled
 from bench._kernel_sides import BUILD, Sides, draw_ids
 
 DIRECTIONS = ("forward", "forward + backward")
@@ -93,9 +94,7 @@ def measure(sides: Sides, direction: str, device: torch.device, rounds: int) -> 
     times: dict[str, list[float]] = {name: [] for name in [*sides.functions, "moe_kit again"]}
     order = list(times)
     for index in range(rounds + 2):
-        # a rotating start, so that no side always follows the same neighbour
-        shift = index % len(order)
-        for name in order[shift:] + order[:shift]:
+        for name in shuffled(order, index):
             milliseconds = timed(lambda name=name: step(name), device)
             # the first two rounds compile and warm up
             if index > 1:

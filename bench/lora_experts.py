@@ -1,4 +1,4 @@
-"""Routed LoRA experts on the CPU against what one would write otherwise: `python bench/lora_experts.py`.
+"""Routed LoRA experts on the CPU against what one would write otherwise: `python -m bench lora_experts`.
 
 Two tables, both sides of a ratio measured in one process, one call after the other, `rounds` times; a ratio is the
 median of the rounds' ratios (time of the peer over ours, above 1 means we are faster). One side is also measured against
@@ -27,6 +27,8 @@ from moe_kit_kernels import lora_experts, route_plan
 from moe_kit_kernels.lora_linear import lora_linear, lora_linear_group
 from torch import Tensor, nn
 
+from bench import shuffled
+
 Side = Callable[[], object]
 
 
@@ -41,8 +43,7 @@ def alternate(sides: dict[str, Side], rounds: int, floor_s: float = 0.002) -> di
     times: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for round_ in range(rounds):
-        shift = round_ % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in shuffled(names, round_):
             start = time.perf_counter()
             for _ in range(calls[name]):
                 sides[name]()

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from moe_kit_kernels.common.backward import first_order
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.routing.scope import Decisions
@@ -76,7 +76,7 @@ class _NarrowLinear(torch.autograd.Function):
         return x_ND @ weight_ED.t()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient_NE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_ND, weight_ED = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad

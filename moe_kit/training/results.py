@@ -68,17 +68,24 @@ def results_table(results: Results) -> Table:
         A rich table with a row for each task and one for their mean.
     """
     constants = {task: score for task, (_, score) in results.constants.items()}
+    # answers, notes and names of tasks are text of others, not markup
+    answers = ", ".join(f"{answer[:8]!r} ({task})" for task, (answer, _) in results.constants.items())
+    notes = [f"best constant answers: {answers}", *([f"LoRA: {results.lora_note}"] if results.lora_note else [])]
     table = Table(
         title="Exact match on held-out questions, % ± standard error; gain over the constant, points",
         title_justify="left",
+        caption=escape("\n".join(notes)),
+        caption_justify="left",
     )
-    table.add_column("task")
+    table.add_column("task", overflow="fold")
+    # a score is never cut: in a narrow terminal titles break, then names of tasks
+    score: Any = dict(justify="right", min_width=len("100.0 ± 0.0"))
     if results.zero_shot:
-        table.add_column("zero-shot", justify="right")
-    table.add_column("best constant", justify="right", no_wrap=True)
+        table.add_column("zero-shot", **score)
+    table.add_column("best constant", **score)
     if results.lora:
-        table.add_column(escape(f"LoRA ({results.lora_note})") if results.lora_note else "LoRA", justify="right")
-    table.add_column(escape(results.name), justify="right", style="bold", no_wrap=True)
+        table.add_column("LoRA", **score)
+    table.add_column(escape(results.name), style="bold", overflow="fold", **score)
     table.add_column("gain", justify="right", no_wrap=True)
 
     def cells(task: str | None) -> list[str]:
@@ -88,9 +95,7 @@ def results_table(results: Results) -> Table:
             return mean_score(scores) if set(scores) >= set(results.ours) else None
 
         row = [str(pick(results.zero_shot) or "-")] if results.zero_shot else []
-        constant = str(pick(constants))
-        # answers and names of tasks are text of others, not markup
-        row.append(escape(f"{results.constants[task][0][:8]}: {constant}") if task is not None else constant)
+        row.append(str(pick(constants)))
         row += [str(pick(results.lora) or "-")] if results.lora else []
         ours, base = pick(results.ours), pick(constants)
         assert ours, "a row stands for a task that was scored"

@@ -1,5 +1,6 @@
 """The layer routers' benchmark itself: a trial of the comparison on the tiny model, and what its bars are made of."""
 
+import itertools
 import json
 
 import pytest
@@ -134,8 +135,13 @@ def test_the_sequence_bar_counts_the_whole_saving(small, capsys):
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
 
 
-def test_sides_take_turns_at_the_start():
+def test_sides_take_turns_and_change_their_neighbours():
     order = []
-    times = bench.rounds_of({name: lambda name=name: order.append(name) for name in "abc"}, 3)
-    assert order == list("abc" + "abc" + "bca" + "cab")
-    assert all(len(values) == 3 for values in times.values())
+    times = bench.rounds_of({name: lambda name=name: order.append(name) for name in "abc"}, 12)
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    # a first one warms up
+    assert rounds[0] == list("abc")
+    assert all(sorted(names) == list("abc") for names in rounds)
+    # every side follows every other one at some time
+    assert {(a, b) for names in rounds[1:] for a, b in zip(names, names[1:])} == set(itertools.permutations("abc", 2))
+    assert all(len(values) == 12 for values in times.values())

@@ -100,8 +100,9 @@ def test_checkpointing_changes_nothing(name):
         assert torch.equal(gradient, recomputed[key]), key
 
 
+@pytest.mark.parametrize("whole_step", [False, True], ids=["forward", "forward and backward"])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_autocast(name):
+def test_autocast(name, whole_step):
     function, tensors = OPERATORS[name][0], drawn(name)
     y, gradients = run(lambda **t: function(**t, backend="reference"), tensors)
 
@@ -111,12 +112,24 @@ def test_autocast(name):
             t = {key: value.bfloat16() if key == "base" else value for key, value in t.items()}
             return function(**t, backend="auto")
 
-    actual, low_gradients = run(low, tensors)
+    with torch.autocast("cpu", torch.bfloat16, enabled=whole_step):
+        actual, low_gradients = run(low, tensors)
     assert actual.dtype is (torch.float32 if name in IN_FLOAT32 else torch.bfloat16)
     assert_close("y", actual.to(y.dtype), y, torch.bfloat16)
     for key, gradient in gradients.items():
         assert low_gradients[key].dtype is torch.float32, "a parameter's gradient has its dtype"
         assert_close(f"d{key}", low_gradients[key], gradient, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_second_derivative_raises(name):
+    """A kernel's gradient has no graph: without the error it would count as a constant."""
+    function, tensors = OPERATORS[name][0], drawn(name)
+    leaves = {key: value.requires_grad_() for key, value in tensors.items()}
+    gradients = torch.autograd.grad(function(**leaves, backend="auto").sum(), list(leaves.values()), create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(KernelError, match="first derivatives only"):
+            gradient.sum().backward(retain_graph=True)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -42,8 +42,8 @@ def test_gain_is_above_the_constant():
     text = render(RESULTS)
     assert "+70.0" in text
     assert "+60.0" in text
-    assert "4: 5.0 ± 2.0" in text
-    assert "LoRA (stored)" in text
+    assert "best constant answers: '4' (a), 'x' (b)" in text
+    assert "LoRA: stored" in text
     assert "zero-shot" not in text
     # task b has no LoRA score, so neither has the mean
     assert text.count(" - ") == 2
@@ -59,7 +59,7 @@ def test_text_of_others_is_no_markup():
         lora_note="[/note]",
     )
     text = render(results)
-    for word in ("[/name]", "[/task]", "[/inst]: 50.0", "LoRA ([/note])"):
+    for word in ("[/name]", "[/task]", "'[/inst]' ([/task])", "LoRA: [/note]"):
         assert word in text
 
 
@@ -107,7 +107,9 @@ def test_the_quickstarts_show_plain_lora_with_its_origin(name):
     found = Score(accuracy=0.9, stderr=0.03, count=100)
     constants = {task: ("1", Score(accuracy=0.05, stderr=0.02, count=100)) for task in scores}
     results = Results(name="ours", ours=dict.fromkeys(scores, found), constants=constants, lora=scores, lora_note=note)
-    text = " ".join(render(results, width=80).split())
+    narrow = render(results, width=80)
+    assert "…" not in narrow, "a name or a score was cut"
+    text = " ".join(narrow.split())
     for task, score in scores.items():
         assert f"{task} {score}" in " ".join(measured.split())
         assert str(score) in text

@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.experts_mlp import cpu
 from moe_kit_kernels.route_plan import RoutePlan
 
@@ -50,6 +51,7 @@ class ExpertsMLP(torch.autograd.Function):
         return y_TD
 
     @staticmethod
+    @first_order
     def backward(ctx, dy_TD: Tensor):
         """Return the gradients of x, up, down, weights and the biases."""
         x_TD, up_EFD, down_EDH, weights_P, down_bias_ED, z_PF = ctx.saved_tensors

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.grouped_mm import cpu
 from moe_kit_kernels.grouped_mm.activations import activate_backward
 from moe_kit_kernels.route_plan import RoutePlan
@@ -71,6 +72,7 @@ class GroupedMM(torch.autograd.Function):
         return y_PO
 
     @staticmethod
+    @first_order
     def backward(ctx, dy: Tensor):
         """Return the gradients of x, weight, bias, weights and residual."""
         needs = ctx.needs_input_grad[:5]

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.lora_experts import cpu
 from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
 from moe_kit_kernels.route_plan import RoutePlan
@@ -214,7 +214,7 @@ class DenseLoraGroup(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *dys: Tensor) -> Any:
         """Compute the gradients that are asked for."""
         n = ctx.group.projections

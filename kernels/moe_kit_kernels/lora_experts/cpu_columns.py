@@ -19,17 +19,21 @@ from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan
 
 
-def one_dtype(*tensors: Tensor | None) -> bool:
+def one_dtype(first: Tensor, *others: Tensor | None) -> bool:
     """Tell whether the straight line serves some tensors.
 
     Args:
-        *tensors: any of them may be None.
+        first: one of them.
+        *others: the others; None is skipped.
 
     Returns:
         True when all have one dtype, float32 or float64.
     """
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    return dtypes in ({torch.float32}, {torch.float64})
+    dtype = first.dtype
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        return False
+    # at one token a generator costs as much as a small product
+    return not [tensor for tensor in others if tensor is not None and tensor.dtype is not dtype]
 
 
 def _joined(A: Sequence[Tensor]) -> Tensor:
@@ -93,10 +97,20 @@ def add(
     return results, kept
 
 
+def side_by_side(bank_EOL: Tensor) -> Tensor:
+    """[E*L, O]: the B of all experts one below the other; one view of a bank that keeps B as [E, L, O], else a copy."""
+    E, O, L = bank_EOL.shape
+    if bank_EOL.stride() == (L * O, 1, O):
+        return bank_EOL.as_strided((E * L, O), (O, 1))
+    return bank_EOL.transpose(1, 2).reshape(E * L, O)
+
+
 def add_few(
     gates_TE: Tensor, scale: float, x_TD: Tensor, base_TO: Tensor | None, A_ELD: Tensor, B_EOL: Tensor, *, owned: bool
 ) -> Tensor:
-    """`add` for one projection of a few tokens without a backward: as few calls as there can be.
+    """`add` for one projection of a few tokens: as few calls as there can be, differentiable by torch itself.
+
+    A gradient written in Python costs more than autograd's own until the products outweigh some forty calls.
 
     Args:
         gates_TE: [T, E] dense weights.
@@ -111,9 +125,11 @@ def add_few(
         [T, O].
     """
     E, L, D = A_ELD.shape
-    expand_EC = cpu.expansion(E, (L,), scale, x_TD.dtype, x_TD.device)[:E]
-    G_TC = torch.mm(x_TD, A_ELD.reshape(E * L, D).t()).mul_(torch.mm(gates_TE, expand_EC))
-    B_CO = B_EOL.transpose(1, 2).reshape(E * L, -1)
+    factors_TC = torch.mm(gates_TE, cpu.expansion(E, (L,), scale, x_TD.dtype, x_TD.device)[:E])
+    H_TC = torch.mm(x_TD, A_ELD.reshape(E * L, D).t())
+    # in place only where no gradient reads H
+    G_TC = H_TC * factors_TC if H_TC.requires_grad or factors_TC.requires_grad else H_TC.mul_(factors_TC)
+    B_CO = side_by_side(B_EOL)
     if base_TO is None:
         return torch.mm(G_TC, B_CO)
     return base_TO.addmm_(G_TC, B_CO) if owned else torch.addmm(base_TO, G_TC, B_CO)

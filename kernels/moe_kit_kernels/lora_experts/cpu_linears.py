@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.lora_experts import cpu_columns, cpu_pairs
 from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
 from moe_kit_kernels.lora_experts.needs import Needs
@@ -153,7 +153,7 @@ class RoutedLinears(torch.autograd.Function):
         return tuple(_forward(ctx, (how, plan, scale), needs, x_TD, weights, tensors, weights))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *dys: Tensor) -> Any:
         """Compute the gradients that are asked for."""
         x_TD, weights, *saved = ctx.saved_tensors
@@ -189,7 +189,7 @@ class GatedLinears(torch.autograd.Function):
         return logits_TE, ids_TK, weights_TK, *results
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlogits: Tensor | None, _dids: None, dw_TK: Tensor | None, *dys: Tensor | None) -> Any:
         """Compute the gradients that are asked for."""
         x_TD, router_ED, p_TK, ids_TK, *saved = ctx.saved_tensors

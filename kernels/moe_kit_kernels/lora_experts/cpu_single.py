@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.lora_experts import cpu_columns
 from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan
@@ -41,7 +41,7 @@ class DenseLora(Function):
         return y_TO
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_TO: Tensor) -> Any:
         """Compute the gradients that are asked for."""
         (plan, scale), (x_TD, weights, A_ELD, B_EOL, *kept) = ctx.call, ctx.saved_tensors

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.route_plan import RoutePlan
 
 # above this many bytes of gathered rows the pairs no longer stay in a core's cache between two passes (measured)
@@ -230,7 +230,7 @@ class SortedLora(torch.autograd.Function):
         return y_TO
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_TO: Tensor) -> Any:
         """Compute the gradients that are asked for."""
         x_TD, weights, A_ELD, B_EOL, H_PL = ctx.saved_tensors

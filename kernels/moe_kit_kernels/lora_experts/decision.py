@@ -3,7 +3,7 @@
 Legend: T tokens, K slots a token, P pairs, E experts.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from moe_kit_kernels.common.checks import check_shape, fail
 from moe_kit_kernels.route_plan import RoutePlan, check_ids, check_plan_device, route_plan
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The routing as the caller gave it: ids, or a plan, or neither (every expert)."""
 
     ids_TK: Tensor | None
@@ -45,12 +44,8 @@ def resolve_plan(operator: str, T: int, E: int, decision: Decision) -> RoutePlan
     return None if decision.ids_TK is None else route_plan(decision.ids_TK, E)
 
 
-# a list this short is looked through in Python sooner than by a reduction
-_FEW_PAIRS = 64
-
-
-def few_gates(operator: str, T: int, E: int, decision: Decision) -> Tensor | None:
-    """Dense table of the weights of a few tokens, which needs no plan.
+def gates_of_table(operator: str, T: int, E: int, decision: Decision) -> Tensor | None:
+    """Dense table of the weights without a plan, differentiable.
 
     Args:
         operator: public name, for messages.
@@ -59,22 +54,23 @@ def few_gates(operator: str, T: int, E: int, decision: Decision) -> Tensor | Non
         decision: the routing.
 
     Returns:
-        [T, E] in the weights' dtype; None for many pairs, for empty slots, for a routing that is no table of ids, and on
-        a device that would have to be waited for.
+        [T, E] in the weights' dtype; None for empty slots, for no slots, for a routing that is no table of int64 ids, and
+        on a device that would have to be waited for.
 
     Raises:
         KernelError: sizes disagree, or the weights are not floating point.
     """
-    ids_TK, weights = decision.ids_TK, decision.weights
-    if ids_TK is None or decision.plan is not None or not 0 < ids_TK.numel() <= _FEW_PAIRS or not ids_TK.is_cpu:
+    ids_TK, weights, plan = decision
+    if ids_TK is None or plan is not None or not ids_TK.is_cpu or ids_TK.dtype is not torch.int64:
         return None
     check_decision(operator, T, E, decision)
-    if ids_TK.dtype != torch.int64:
+    if not ids_TK.numel():
         return None
-    ids = ids_TK.reshape(-1).tolist()
-    if min(ids) < 0 or max(ids) >= E:
+    try:
+        return weights.new_zeros(T, E).scatter_add_(1, ids_TK, weights)
+    except RuntimeError:
+        # an id outside of [0, E): an empty slot, or an error for the plan to name
         return None
-    return weights.new_zeros(T, E).scatter_add_(1, ids_TK, weights)
 
 
 def check_decision(operator: str, T: int, E: int, decision: Decision) -> None:
@@ -90,7 +86,7 @@ def check_decision(operator: str, T: int, E: int, decision: Decision) -> None:
         KernelError: sizes disagree, the ids are no integers, the weights are not floating point, or the plan lives on
             another device than the weights.
     """
-    ids, weights, plan = decision.ids_TK, decision.weights, decision.plan
+    ids, weights, plan = decision
     if ids is not None:
         check_ids(operator, ids)
     if not weights.is_floating_point():

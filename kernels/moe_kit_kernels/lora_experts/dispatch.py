@@ -18,9 +18,18 @@ from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_f
 from moe_kit_kernels.lora_experts.choice import choose, chosen_form, for_kernels, of_pairs, on_kernels
 from moe_kit_kernels.lora_experts.cpu_decode import decode, decode_linears
 from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
-from moe_kit_kernels.lora_experts.decision import Decision, all_experts_plan, check_decision, few_gates, resolve_plan
+from moe_kit_kernels.lora_experts.decision import (
+    Decision,
+    all_experts_plan,
+    check_decision,
+    gates_of_table,
+    resolve_plan,
+)
 from moe_kit_kernels.lora_experts.gpu import linear_fuses, run_triton, uses_triton
 from moe_kit_kernels.lora_experts.reference import lora_experts_reference
+
+# up to so many columns of H autograd's own gradients are faster, and what they keep beyond H [P, L] is under 200 KB
+_FEW_COLUMNS = 1 << 14
 
 
 def run_experts(
@@ -90,17 +99,10 @@ def run_experts(
     if backend == "decode" and decision.plan is None and decision.ids_TK is not None:
         check_decision(operator, T, E, decision)
         return decode(x_TD, A_ELD, B_EOL, decision.ids_TK.tolist(), weights, scale, base_TO, overwrite_base)
-    if backend == "dense" and not training and cpu_columns.one_dtype(x_TD, weights, base_TO, A_ELD, B_EOL):
-        gates_TE = few_gates(operator, T, E, decision)
-        if gates_TE is not None:
-            return cpu_columns.add_few(gates_TE, scale, x_TD, base_TO, A_ELD, B_EOL, owned=overwrite_base)
-        one = (base_TO,), (A_ELD,), (B_EOL,)
-        plan = resolve_plan(operator, T, E, decision)
-        return cpu_columns.add(plan, scale, x_TD, weights, *one, keep=False, owned=overwrite_base)[0][0]
+    if backend == "dense" and cpu_columns.one_dtype(x_TD, weights, base_TO, A_ELD, B_EOL):
+        return _dense(operator, decision, scale, x_TD, base_TO, A_ELD, B_EOL, training, overwrite_base)
     plan = resolve_plan(operator, T, E, decision)
     if backend == "dense":
-        if cpu_columns.one_dtype(x_TD, weights, base_TO, A_ELD, B_EOL):
-            return cpu_single.DenseLora.apply(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL)
         group = Group(plan, scale, 1, linear=False, overwrite_base=overwrite_base)
         tensors = (base_TO, None, A_ELD, B_EOL)
         if not training:
@@ -115,6 +117,30 @@ def run_experts(
         ids = plan.expert_P.view(T, plan.slots).tolist()
         return decode(x_TD, A_ELD, B_EOL, ids, weights, scale, base_TO, overwrite_base)
     return SortedLora.apply(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL)
+
+
+def _dense(
+    operator: str,
+    decision: Decision,
+    scale: float,
+    x_TD: Tensor,
+    base_TO: Tensor | None,
+    A_ELD: Tensor,
+    B_EOL: Tensor,
+    training: bool,
+    overwrite_base: bool,
+) -> Tensor:
+    """Two GEMMs in one dtype, as plain operations or as one autograd function."""
+    T, (E, L, _) = x_TD.shape[0], A_ELD.shape
+    if not training or T * E * L <= _FEW_COLUMNS:
+        gates_TE = gates_of_table(operator, T, E, decision)
+        if gates_TE is not None:
+            return cpu_columns.add_few(gates_TE, scale, x_TD, base_TO, A_ELD, B_EOL, owned=overwrite_base)
+    plan = resolve_plan(operator, T, E, decision)
+    if training:
+        return cpu_single.DenseLora.apply(plan, scale, overwrite_base, x_TD, decision.weights, base_TO, A_ELD, B_EOL)
+    one = (base_TO,), (A_ELD,), (B_EOL,)
+    return cpu_columns.add(plan, scale, x_TD, decision.weights, *one, keep=False, owned=overwrite_base)[0][0]
 
 
 def _traced(
@@ -200,7 +226,7 @@ def run_linears(
     if here and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
         tensors = [*weights_OD, *biases_O, *A, *B]
         if backend == "dense" and not torch.is_grad_enabled():
-            gates_TE = few_gates(operator, T, E, decision)
+            gates_TE = gates_of_table(operator, T, E, decision)
             plan = None if gates_TE is not None else resolve_plan(operator, T, E, decision)
             weights = decision.weights if gates_TE is None else gates_TE
             return tuple(cpu_linears.forward(backend, plan, scale, x_TD, weights, tensors, False)[0])

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.lora_experts import plain_halves
 from moe_kit_kernels.lora_experts.choice import on_kernels
 from moe_kit_kernels.lora_experts.decision import Decision
@@ -51,7 +51,7 @@ class LoraDown(torch.autograd.Function):
         return tuple(triton_halves.down(ctx.how, x_TD, A, plan))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *dHs: Tensor) -> Any:
         """Return the gradients of x and of every A."""
         x_TD, *A = ctx.saved_tensors
@@ -93,7 +93,7 @@ class LoraUp(torch.autograd.Function):
         return triton_halves.up(ctx.how, H_PL, B_EOL, plan, dtype, weights=weights_TK, scale=scale, base_TO=base_TO)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_TO: Tensor) -> Any:
         """Return the gradients of H, B, the weights and the base."""
         H_PL, B_EOL, weights = ctx.saved_tensors

@@ -116,7 +116,13 @@ def lora_experts(
     check_experts(name, x_TD, A_ELD, B_EOL)
     check_backend(name, backend, BACKENDS)
     T, _E, O = x_TD.shape[0], A_ELD.shape[0], B_EOL.shape[1]
-    check_device(name, x_TD.device, weights=weights_TK, base_TO=base_TO, ids=expert_ids_TK)
+    device = x_TD.device
+    if (
+        weights_TK.device != device
+        or (base_TO is not None and base_TO.device != device)
+        or (expert_ids_TK is not None and expert_ids_TK.device != device)
+    ):
+        check_device(name, device, weights=weights_TK, base_TO=base_TO, ids=expert_ids_TK)
     if base_TO is not None and not (base_TO.shape == (T, O) and base_TO.is_floating_point()):
         check_float(name, "base_TO", base_TO, 2)
         check_shape(name, "base_TO", base_TO, (T, O), "[T, O] with T of x and O of B")

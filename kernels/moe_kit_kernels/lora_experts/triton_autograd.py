@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.lora_experts import launch, triton_halves
 from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
 from moe_kit_kernels.route_plan import RoutePlan
@@ -55,7 +55,7 @@ class TritonLora(torch.autograd.Function):
         return y_TO
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_TO: Tensor) -> Any:
         """Launch the backward kernels that are asked for."""
         x_TD, weights_TK, trained, A_ELD, B_EOL, H_PL = ctx.saved_tensors

@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.lora_grouped import cpu
 from moe_kit_kernels.route_plan import RoutePlan
 
@@ -41,6 +42,7 @@ class LoraGrouped(torch.autograd.Function):
         return run.product(x, weight_EOD, h_PL, B_EOL, plan, gather, scatter)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy: Tensor):
         """Return the gradients of x, weight, A and B."""
         x, weight_EOD, A_ELD, B_EOL, h_PL = ctx.saved_tensors

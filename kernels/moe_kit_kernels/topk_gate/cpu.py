@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.topk_gate.reference import EPSILON
 
 
@@ -68,7 +68,7 @@ class ChosenWeights(torch.autograd.Function):
         return s_TK / (s_TK.sum(-1, keepdim=True) + EPSILON) * scale if renormalize else s_TK * scale
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dw_TK: Tensor) -> Any:
         """Compute the gradient of the logits."""
         ids_TK, s = ctx.saved_tensors
@@ -152,7 +152,7 @@ class LinearGate(torch.autograd.Function):
         return logits_TE, ids_TK, weights_TK
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlogits_TE: Tensor | None, _dids: None, dw_TK: Tensor | None) -> Any:
         """Compute the gradients of input and weight; the weight's as `g^T x`, which is much faster than `(x^T g)^T`."""
         x_TD, weight_ED, ids_TK, p_TK = ctx.saved_tensors

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import triton as _triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.topk_gate.reference import EPSILON
 from moe_kit_kernels.topk_gate.triton import topk_gate_backward_kernel, topk_gate_kernel
 
@@ -71,7 +71,7 @@ class TritonGate(torch.autograd.Function):
         return ids_TK, weights_TK, counts_E
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, _ids: Any, dw_TK: Tensor, _counts: Any) -> Any:
         """Launch the backward kernel."""
         logits_TE, ids_TK = ctx.saved_tensors

@@ -40,6 +40,8 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 2324
 Config = dict[str, int]
 # what warm_up found in this process: device name -> kernel -> entries
 _measured: dict[str, dict[str, list[dict]]] = {}
+# lookup's answers; the widths and ranks of a model are few
+_answers: dict[tuple, Config] = {}
 
 
 def shared_bytes(config: Config, rows: int, itemsize: int, gated: bool, columns: int = 0) -> int:
@@ -141,12 +143,26 @@ def lookup(
         KernelError: The pinned configuration cannot be read or names an unknown kernel or value.
     """
     name, limit = _device(device)
-    more = {"itemsize": itemsize, "rank": rank, "default": default}
-    config = find(kernel, name, limit, width_in, width_out, rows, gated, **more)
-    if not aligned:
-        config = narrow(config)
-    config.update(_pinned(kernel, config, os.environ.get(PIN, "")))
-    return fit(config, rows, itemsize, gated, limit, columns)
+    # a launch asks this every time, and finding it takes as long as the launch
+    defaults = None if default is None else tuple(default.items())
+    where = (os.environ.get(PIN, ""), os.environ.get(TABLES, ""))
+    sizes = (width_in, width_out, rows, gated, itemsize, aligned, rank, columns)
+    key = (kernel, name, limit, sizes, defaults, where)
+    if key not in _answers:
+        config = find(
+            kernel, name, limit, width_in, width_out, rows, gated, itemsize=itemsize, rank=rank, default=default
+        )
+        if not aligned:
+            config = narrow(config)
+        config.update(_pinned(kernel, config, where[0]))
+        _answers[key] = fit(config, rows, itemsize, gated, limit, columns)
+    return dict(_answers[key])
+
+
+def forget() -> None:
+    """Forget what was read and looked up: call it when a table on disk has changed."""
+    _table.cache_clear()
+    _answers.clear()
 
 
 def find(
@@ -315,6 +331,7 @@ def warm_up(
         # measured again, an entry takes the place of its predecessor
         others = [entry for entry in table.get(kernel, []) if any(entry.get(k) != v for k, v in key.items())]
         table[kernel] = [*others, {**key, "milliseconds": milliseconds, **config}]
+        _answers.clear()
 
     try:
         if rank is None:

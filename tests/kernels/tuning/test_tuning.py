@@ -14,9 +14,9 @@ SIZES = {"width_in": 2048, "width_out": 768}
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
     monkeypatch.delenv(tuning.PIN, raising=False)
-    tuning._table.cache_clear()
+    tuning.forget()
     yield
-    tuning._table.cache_clear()
+    tuning.forget()
 
 
 @pytest.mark.parametrize("kernel", ["grouped_mm", "grouped_mm_dact", "grouped_gram", "lora_grouped"])
@@ -88,7 +88,7 @@ def test_the_nearest_entry_counts_the_rank(tmp_path, monkeypatch):
     assert lora("lora_up_dense", up, 8, itemsize=4) == up
     del lora_up[0]["BM"]
     (tmp_path / "Test_GPU.json").write_text(json.dumps(table))
-    tuning._table.cache_clear()
+    tuning.forget()
     with pytest.raises(KernelError, match=r"Test_GPU\.json"):
         lora("lora_up_dense", up, 8)
 
@@ -186,7 +186,7 @@ def test_warm_up_takes_the_fastest_and_writes_it(gpu, monkeypatch, tmp_path):
     # another process finds it in the folder
     monkeypatch.setattr(tuning, "_measured", {})
     monkeypatch.setenv(tuning.TABLES, str(tmp_path))
-    tuning._table.cache_clear()
+    tuning.forget()
     assert tuning.lookup("grouped_mm", CPU, **SIZES, rows=128, gated=True) == chosen
 
 
