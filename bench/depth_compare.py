@@ -11,7 +11,7 @@ model, ...) is in DIR/settings.json; a folder takes no points of other settings.
 A row: `saved` = the share of all layers that the compute knob was calibrated to save on training examples (null: as
 trained), `budget` = where the knob stands, `layers` = mean layer applications over prompts, `nats_per_token` and `exact` (all tokens of the answer are the
 most likely ones, which is what greedy decoding would answer) over held-out examples in the mean over tasks, and for
-single prompts tokens/s of prefill and decode beside those of the same model with its adapters off.
+single prompts tokens/s of prefill and decode beside those of the same model with its layer routers off. LoRA is merged.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 METHODS = ("dense", "dense_lora", "static", "importance", "random", "dr_llm", "first", "informed", "flexi")
 # shares of all layers that are saved, each a point of what was trained once; None = as it was trained
@@ -218,7 +219,7 @@ def _points(method: str, seed: int, shares: Sequence[float | None], settings: Co
     work = open_recipe(dataclasses.replace(recipe, lora=None), 64)
     work.model.delete_adapter("depth")
     load_adapters(work.model, recipe.output_dir)
-    work.model.eval()
+    merge_lora(work.model.eval())
     config, units = find_depth_state(work.model).configs["depth"], find_depth_state(work.model).units["depth"]
     layers = work.model.config.num_hidden_layers
     # a sub-layer is half a layer
@@ -249,8 +250,27 @@ def _points(method: str, seed: int, shares: Sequence[float | None], settings: Co
 
 
 @torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add what LoRA learned to the base weights, as one would before serving; layer routers stay as they are.
+
+    Args:
+        model: a model with native adapters.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    merged = set()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in set(module.active_adapters).intersection(module.lora_A):
+                module.get_base_layer().weight.add_(module.get_delta_weight(name))
+                merged.add(name)
+    for name in merged:
+        model.delete_adapter(name)
+
+
+@torch.no_grad()
 def _speed(work: Any, prompts: int = 4, rounds: int = 3) -> dict[str, float]:
-    """Tokens/s of prefill and of decode for single prompts, and how much faster than with all adapters off."""
+    """Tokens/s of prefill and of decode for single prompts, and how much faster than with the layer routers off."""
     from moe_kit.training.encoding import encode_prompt
 
     model = work.model

@@ -5,12 +5,16 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench import depth as bench
 from bench import depth_compare
 from bench.depth_compare import Comparison, compare, front_of, plot, read_rows
-from moe_kit import CheckpointError
+from moe_kit import CheckpointError, LayerRoutingConfig
+from moe_kit.depth import layer_applications
+from tests.depth.families import padded_batch, tiny
+from tests.depth.test_peft import randomize
 
 TRIAL = dict(model="tiny", steps=2, base_steps=2, questions=4, simulations=2)
 METHODS = ("dense", "importance", "dr_llm")
@@ -143,5 +147,23 @@ def test_sides_take_turns_and_change_their_neighbours():
     assert rounds[0] == list("abc")
     assert all(sorted(names) == list("abc") for names in rounds)
     # every side follows every other one at some time
-    assert {(a, b) for names in rounds[1:] for a, b in zip(names, names[1:])} == set(itertools.permutations("abc", 2))
+    assert {(a, b) for names in rounds[1:] for a, b in itertools.pairwise(names)} == set(
+        itertools.permutations("abc", 2)
+    )
     assert all(len(values) == 12 for values in times.values())
+
+
+@torch.no_grad()
+def test_merged_lora_computes_the_same_and_the_routers_stay():
+    model = tiny().eval()
+    model.add_adapter(LayerRoutingConfig.from_preset("informed"), "depth")
+    model.add_adapter(LoraConfig(r=4, target_modules="all-linear"), "lora")
+    model.set_adapter(["depth", "lora"])
+    randomize(model).eval()
+    batch = padded_batch((12, 7))
+    expected, layers = model(**batch).logits, layer_applications(model)
+    assert layers.min() < 1
+    depth_compare.merge_lora(model)
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(layer_applications(model), layers)
