@@ -8,7 +8,7 @@ of its ratio with itself is the noise that a difference must exceed.
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -46,8 +46,8 @@ def paired(sides: dict[str, Callable[[], object]], *, rounds: int = 15, min_ms: 
         repeats[name] = max(1, round(min_ms / max(1e-3, _milliseconds(function, 1))))
     times: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
-    for index in range(rounds):
-        for name in shuffled(order, index):
+    for turn in turns(order, rounds):
+        for name in turn:
             times[name].append(_milliseconds(functions[name], repeats[name]))
     base = times[names[0]]
 
@@ -62,20 +62,26 @@ def paired(sides: dict[str, Callable[[], object]], *, rounds: int = 15, min_ms: 
     )
 
 
-def shuffled(names: Sequence[str], round_index: int) -> list[str]:
-    """Order of the sides in a round: another one each time, the same in every run.
+def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """Order of the sides in every round: random, the same in every run, and no side directly after itself.
 
     A side pays for what its neighbour left in the caches and in the allocator. Rotating the start would keep all
     neighbours but one: two copies of one side differed by 10 % that way.
 
     Args:
         names: The sides.
-        round_index: Which round.
+        rounds: How many rounds.
 
-    Returns:
-        All names, in this round's order.
+    Yields:
+        All names, in a round's order.
     """
-    return random.Random(round_index).sample(list(names), len(names))
+    draw, last = random.Random(0), None
+    for _ in range(rounds):
+        order = draw.sample(list(names), len(names))
+        if order[0] == last:
+            order.append(order.pop(0))
+        yield order
+        last = order[-1]
 
 
 def _milliseconds(function: Callable[[], object], repeats: int) -> float:

@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from bench import paired, shuffled
+from bench import paired, turns
 from bench.depth_compare import METHODS, Comparison, compare, plot
 from moe_kit.depth import LayerRoutingConfig, force_layers
 from moe_kit.depth.routers import evenly_spaced
@@ -62,8 +62,8 @@ def rounds_of(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     for name in names:
         sides[name]()
     times: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
-        for name in shuffled(names, index):
+    for order in turns(names, rounds):
+        for name in order:
             start = time.perf_counter()
             sides[name]()
             times[name].append((time.perf_counter() - start) * 1e3)

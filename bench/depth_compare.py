@@ -249,23 +249,25 @@ def _points(method: str, seed: int, shares: Sequence[float | None], settings: Co
         )
 
 
-@torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add what LoRA learned to the base weights, as one would before serving; layer routers stay as they are.
+    """Merge what LoRA learned into the base weights, as one would before serving; layer routers stay as they are.
 
     Args:
-        model: a model with native adapters.
+        model: a model with native adapters, the LoRA among them active and without modules of its own to save.
     """
     from peft.tuners.lora import LoraLayer
 
-    merged = set()
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name in set(module.active_adapters).intersection(module.lora_A):
-                module.get_base_layer().weight.add_(module.get_delta_weight(name))
-                merged.add(name)
-    for name in merged:
-        model.delete_adapter(name)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    merged = {adapter for _, module in layers for adapter in module.lora_A}
+    assert all(not model.peft_config[adapter].modules_to_save for adapter in merged), "only products can be merged"
+    for name, module in layers:
+        assert set(module.lora_A) <= set(module.active_adapters), "only what is active can be merged"
+        module.merge(adapter_names=list(module.lora_A))
+        # a wrapper that is left in place costs a token as much as the router of a layer
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.get_base_layer())
+    for adapter in merged:
+        model.delete_adapter(adapter)
 
 
 @torch.no_grad()

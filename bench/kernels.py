@@ -24,7 +24,7 @@ import torch
 from moe_kit_kernels import KernelError
 from torch import Tensor
 
-from bench import shuffled
+from bench import turns
 from bench._kernel_sides import BUILD, Sides, draw_ids
 
 DIRECTIONS = ("forward", "forward + backward")
@@ -92,9 +92,8 @@ def measure(sides: Sides, direction: str, device: torch.device, rounds: int) -> 
             torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     times: dict[str, list[float]] = {name: [] for name in [*sides.functions, "moe_kit again"]}
-    order = list(times)
-    for index in range(rounds + 2):
-        for name in shuffled(order, index):
+    for index, order in enumerate(turns(list(times), rounds + 2)):
+        for name in order:
             milliseconds = timed(lambda name=name: step(name), device)
             # the first two rounds compile and warm up
             if index > 1:

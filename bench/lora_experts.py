@@ -27,7 +27,7 @@ from moe_kit_kernels import lora_experts, route_plan
 from moe_kit_kernels.lora_linear import lora_linear, lora_linear_group
 from torch import Tensor, nn
 
-from bench import shuffled
+from bench import turns
 
 Side = Callable[[], object]
 
@@ -42,8 +42,8 @@ def alternate(sides: dict[str, Side], rounds: int, floor_s: float = 0.002) -> di
         calls[name] = max(1, int(floor_s / max(time.perf_counter() - start, 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
-    for round_ in range(rounds):
-        for name in shuffled(names, round_):
+    for order in turns(names, rounds):
+        for name in order:
             start = time.perf_counter()
             for _ in range(calls[name]):
                 sides[name]()

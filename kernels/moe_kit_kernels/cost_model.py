@@ -148,7 +148,7 @@ def sorted_seconds(shape: LoraShape, device: Device) -> float:
     """
     if not device.host_walk:
         stages = gpu_stages(shape, device)
-        return stages["work lists"] + stages["sorted down"] + stages["sorted up"]
+        return stages["work lists"] + stages["slot lists"] + stages["sorted down"] + stages["sorted up"]
     active = min(shape.experts, shape.pairs)
     per_pair = shape.pairs * shape.itemsize
     rate = device.flops if shape.rank >= 32 else device.narrow_flops
@@ -182,7 +182,7 @@ def gpu_stages(shape: LoraShape, device: Device) -> dict[str, float]:
         device: its rates.
 
     Returns:
-        Seconds of "dense down", "dense up", "sorted down", "sorted up" and "work lists" (once, for sorted stages).
+        Seconds of "dense down", "dense up", "sorted down" with its "work lists", and "sorted up" with its "slot lists".
     """
     # its package asks this model, so it cannot be imported before it
     from moe_kit_kernels.lora_experts import tiles
@@ -227,8 +227,10 @@ def gpu_stages(shape: LoraShape, device: Device) -> dict[str, float]:
         "dense up": dense_up + device.call,
         "sorted down": sorted_down + device.call,
         "sorted up": max(sorted_up, slots * groups * device.call) + device.call,
-        # small launches once a plan, which the linears of a block share; weight gradients need the sort in any case
-        "work lists": 5 * device.call,
+        # the launches of `route_plan.triton`, once a plan, which the linears of a block share: three for the order, one for the
+        # tiles and one to go by token; weight gradients need the order in any case
+        "work lists": (5 if tiles.by_token(E, L, D, s) else 4) * device.call,
+        "slot lists": device.call,
     }
 
 

@@ -78,15 +78,15 @@ def results_table(results: Results) -> Table:
         caption_justify="left",
     )
     table.add_column("task", overflow="fold")
-    # a score is never cut: in a narrow terminal titles break, then names of tasks
-    score: Any = dict(justify="right", min_width=len("100.0 ± 0.0"))
+    # in a narrow terminal the widest columns give way first, titles and names of tasks; nothing is cut
+    score: Any = dict(justify="right", overflow="fold")
     if results.zero_shot:
         table.add_column("zero-shot", **score)
     table.add_column("best constant", **score)
     if results.lora:
         table.add_column("LoRA", **score)
-    table.add_column(escape(results.name), style="bold", overflow="fold", **score)
-    table.add_column("gain", justify="right", no_wrap=True)
+    table.add_column(escape(results.name), style="bold", **score)
+    table.add_column("gain", **score)
 
     def cells(task: str | None) -> list[str]:
         def pick(scores: Mapping[str, Score]) -> Score | None:

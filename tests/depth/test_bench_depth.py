@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench import depth as bench
@@ -146,7 +147,8 @@ def test_sides_take_turns_and_change_their_neighbours():
     # a first one warms up
     assert rounds[0] == list("abc")
     assert all(sorted(names) == list("abc") for names in rounds)
-    # every side follows every other one at some time
+    # every side follows every other one at some time, and none itself
+    assert all(a[-1] != b[0] for a, b in itertools.pairwise(rounds[1:]))
     assert {(a, b) for names in rounds[1:] for a, b in itertools.pairwise(names)} == set(
         itertools.permutations("abc", 2)
     )
@@ -165,5 +167,6 @@ def test_merged_lora_computes_the_same_and_the_routers_stay():
     assert layers.min() < 1
     depth_compare.merge_lora(model)
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    assert not [module for module in model.modules() if isinstance(module, LoraLayer)]
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(layer_applications(model), layers)

@@ -14,6 +14,7 @@ from moe_kit_kernels import (
     route_plan,
     topk_gate,
 )
+from moe_kit_kernels.lora_experts import cpu, dispatch
 from torch.utils.checkpoint import checkpoint
 
 from tests.tolerances import assert_close
@@ -121,15 +122,41 @@ def test_autocast(name, whole_step):
         assert_close(f"d{key}", low_gradients[key], gradient, torch.bfloat16)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_a_second_derivative_raises(name):
+def test_a_second_derivative_raises(name, checkpointed, monkeypatch):
     """A kernel's gradient has no graph: without the error it would count as a constant."""
+    monkeypatch.setattr(dispatch, "_FEW_COLUMNS", 0)
     function, tensors = OPERATORS[name][0], drawn(name)
     leaves = {key: value.requires_grad_() for key, value in tensors.items()}
-    gradients = torch.autograd.grad(function(**leaves, backend="auto").sum(), list(leaves.values()), create_graph=True)
-    for gradient in gradients:
+
+    def loss():
+        call = lambda: function(**leaves, backend="auto")  # noqa: E731
+        return (checkpoint(call, use_reentrant=False) if checkpointed else call()).square().sum()
+
+    for key, leaf in leaves.items():
+        (gradient,) = torch.autograd.grad(loss(), leaf, create_graph=True)
+        # beside another term, as a penalty on the gradient is
+        for other in leaves.values():
+            with pytest.raises(KernelError, match="first derivatives only"):
+                torch.autograd.grad(gradient.square().sum() + other.square().sum(), other, retain_graph=True)
         with pytest.raises(KernelError, match="first derivatives only"):
-            gradient.sum().backward(retain_graph=True)
+            (gradient.square().sum() + leaf.square().sum()).backward(retain_graph=True)
+        assert not gradient.detach().requires_grad, key
+
+
+def test_few_columns_have_a_second_derivative():
+    x, A, B, w = (
+        torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((3, 4), (2, 2, 4), (2, 2, 5), (3, 1))
+    )
+    ids = torch.tensor([[0], [1], [-1]])
+    assert torch.autograd.gradgradcheck(lambda x, A, B, w: lora_experts(x, A, B.transpose(1, 2), ids, w), (x, A, B, w))
+
+
+def test_what_is_kept_between_calls_is_no_inference_tensor():
+    with torch.inference_mode():
+        kept = cpu.expansion(3, (2,), 0.123, torch.float32, torch.device("cpu"))
+    assert not kept.is_inference(), "a later call could not save it for its backward"
 
 
 @pytest.mark.parametrize("name", OPERATORS)

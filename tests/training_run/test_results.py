@@ -1,5 +1,6 @@
 """The results table and its file."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -107,9 +108,20 @@ def test_the_quickstarts_show_plain_lora_with_its_origin(name):
     found = Score(accuracy=0.9, stderr=0.03, count=100)
     constants = {task: ("1", Score(accuracy=0.05, stderr=0.02, count=100)) for task in scores}
     results = Results(name="ours", ours=dict.fromkeys(scores, found), constants=constants, lora=scores, lora_note=note)
-    narrow = render(results, width=80)
-    assert "…" not in narrow, "a name or a score was cut"
-    text = " ".join(narrow.split())
+    zero = {task: Score(accuracy=0.111, stderr=0.01, count=100) for task in scores}
+    whole = dataclasses.replace(results, zero_shot=zero)
+    for width in (60, 72, 80, 100):
+        lines = render(whole, width=width)
+        # names and numbers may break, and none of their characters is lost
+        cells = [
+            "".join(column) for column in zip(*(line.split("│")[1:-1] for line in lines.splitlines() if "│" in line))
+        ]
+        columns = ["".join(column.split()) for column in cells]
+        assert "…" not in lines
+        assert [column.count("±") for column in columns[1:5]] == [len(scores) + 1] * 4, width
+        assert columns[5].count("+85.0") == len(scores) + 1
+        assert columns[0] == "".join([*scores, "mean"])
+    text = " ".join(render(results, width=80).split())
     for task, score in scores.items():
         assert f"{task} {score}" in " ".join(measured.split())
         assert str(score) in text

@@ -47,5 +47,8 @@ def no_autocast(device: torch.device) -> Iterator[None]:
     Yields:
         Nothing.
     """
+    if not torch.amp.is_autocast_available(device.type):
+        yield
+        return
     with torch.autocast(device.type, enabled=False):
         yield

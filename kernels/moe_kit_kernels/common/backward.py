@@ -12,16 +12,30 @@ from moe_kit_kernels.common.checks import fail
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """The identity, whose own derivative raises."""
+    """`apply(gradient, *inputs)` -> the gradient, as a function of what it was computed from whose derivative raises."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:
+    def backward(ctx: Any, _: Tensor) -> Any:
         got, fix = "one through its gradient", "Leave out create_graph=True, or pass backend='reference'"
         raise fail("backward", "the derivative", got, "first derivatives only", fix)
+
+
+class _Context:
+    """A context whose saved tensors are unpacked once, which is all that a checkpoint allows."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def first_order(backward: Callable) -> Callable:
@@ -34,20 +48,23 @@ def first_order(backward: Callable) -> Callable:
         backward: takes the context and the gradients of the results.
 
     Returns:
-        The same for use under `@staticmethod`; differentiating its results raises `KernelError`.
+        The same for use under `@staticmethod`; differentiating its results by anything that they depend on raises
+        `KernelError`.
     """
 
     @functools.wraps(backward)
     def plain(ctx: Any, *gradients: Any) -> Any:
         device = next((gradient.device for gradient in gradients if gradient is not None), None)
         graph = torch.is_grad_enabled()
-        if not graph and (device is None or not torch.is_autocast_enabled(device.type)):
+        if not graph and (device is None or not _autocasts(device)):
             return backward(ctx, *gradients)
+        context = _Context(ctx) if graph else ctx
         with torch.no_grad(), no_autocast(device or torch.device("cpu")):
-            found = backward(ctx, *gradients)
+            found = backward(context, *gradients)
         if not graph:
             return found
-        mark = lambda g: g if g is None else _FirstDerivative.apply(g.detach().requires_grad_())  # noqa: E731
+        inputs = [t for t in (*context.saved_tensors, *gradients) if t is not None and t.requires_grad]
+        mark = lambda g: g if g is None else _FirstDerivative.apply(g, *inputs)  # noqa: E731
         return tuple(map(mark, found)) if isinstance(found, tuple) else mark(found)
 
     return plain

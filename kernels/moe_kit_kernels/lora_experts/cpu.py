@@ -47,11 +47,15 @@ def expansion(
     Returns:
         [E + 1, C]; the last row, of dropped pairs, is zero. Cached: do not write to it.
     """
-    blocks = [
-        torch.eye(num_experts + 1, num_experts, dtype=dtype, device=device).mul_(scale).repeat_interleave(rank, dim=1)
-        for rank in ranks
-    ]
-    return torch.cat(blocks, dim=1)
+    # kept between calls: an inference tensor could never meet a gradient
+    with torch.inference_mode(False):
+        blocks = [
+            torch.eye(num_experts + 1, num_experts, dtype=dtype, device=device)
+            .mul_(scale)
+            .repeat_interleave(rank, dim=1)
+            for rank in ranks
+        ]
+        return torch.cat(blocks, dim=1)
 
 
 def gates(plan: RoutePlan | None, weights: Tensor) -> Tensor:

@@ -97,20 +97,23 @@ def add(
     return results, kept
 
 
-def side_by_side(bank_EOL: Tensor) -> Tensor:
-    """[E*L, O]: the B of all experts one below the other; one view of a bank that keeps B as [E, L, O], else a copy."""
+def side_by_side(bank_EOL: Tensor) -> Tensor | None:
+    """View the B of all experts one below the other.
+
+    Args:
+        bank_EOL: [E, O, L].
+
+    Returns:
+        [E*L, O]; None for a bank that does not keep B as [E, L, O], of which it would be a copy.
+    """
     E, O, L = bank_EOL.shape
-    if bank_EOL.stride() == (L * O, 1, O):
-        return bank_EOL.as_strided((E * L, O), (O, 1))
-    return bank_EOL.transpose(1, 2).reshape(E * L, O)
+    return bank_EOL.as_strided((E * L, O), (O, 1)) if bank_EOL.stride() == (L * O, 1, O) else None
 
 
-def add_few(
+def add_table(
     gates_TE: Tensor, scale: float, x_TD: Tensor, base_TO: Tensor | None, A_ELD: Tensor, B_EOL: Tensor, *, owned: bool
 ) -> Tensor:
-    """`add` for one projection of a few tokens: as few calls as there can be, differentiable by torch itself.
-
-    A gradient written in Python costs more than autograd's own until the products outweigh some forty calls.
+    """`add` for one projection and a table of gates: as few calls as there can be, differentiable by torch itself.
 
     Args:
         gates_TE: [T, E] dense weights.
@@ -124,12 +127,17 @@ def add_few(
     Returns:
         [T, O].
     """
-    E, L, D = A_ELD.shape
-    factors_TC = torch.mm(gates_TE, cpu.expansion(E, (L,), scale, x_TD.dtype, x_TD.device)[:E])
+    (T, E), L, D = gates_TE.shape, *A_ELD.shape[1:]
     H_TC = torch.mm(x_TD, A_ELD.reshape(E * L, D).t())
-    # in place only where no gradient reads H
-    G_TC = H_TC * factors_TC if H_TC.requires_grad or factors_TC.requires_grad else H_TC.mul_(factors_TC)
+    if H_TC.requires_grad or gates_TE.requires_grad:
+        # nothing that is kept between calls may be saved for a backward
+        gates_TE = gates_TE if scale == 1.0 else gates_TE * scale
+        G_TC = (H_TC.view(T, E, L) * gates_TE[:, :, None]).view(T, E * L)
+    else:
+        expand_EC = cpu.expansion(E, (L,), scale, x_TD.dtype, x_TD.device)[:E]
+        G_TC = H_TC.mul_(torch.mm(gates_TE, expand_EC))
     B_CO = side_by_side(B_EOL)
+    B_CO = B_EOL.transpose(1, 2).reshape(E * L, -1) if B_CO is None else B_CO
     if base_TO is None:
         return torch.mm(G_TC, B_CO)
     return base_TO.addmm_(G_TC, B_CO) if owned else torch.addmm(base_TO, G_TC, B_CO)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import check_shape, fail
-from moe_kit_kernels.route_plan import RoutePlan, check_ids, check_plan_device, route_plan
+from moe_kit_kernels.route_plan import RoutePlan, check_bounds, check_ids, check_plan_device, route_plan
 
 
 class Decision(NamedTuple):
@@ -54,23 +54,23 @@ def gates_of_table(operator: str, T: int, E: int, decision: Decision) -> Tensor 
         decision: the routing.
 
     Returns:
-        [T, E] in the weights' dtype; None for empty slots, for no slots, for a routing that is no table of int64 ids, and
-        on a device that would have to be waited for.
+        [T, E] in the weights' dtype, without those of empty slots; None for a routing that is no table of ids, for no slots,
+        and on a device that would have to be waited for.
 
     Raises:
-        KernelError: sizes disagree, or the weights are not floating point.
+        KernelError: sizes disagree, the ids are no integers or below -1, or the weights are not floating point.
     """
     ids_TK, weights, plan = decision
-    if ids_TK is None or plan is not None or not ids_TK.is_cpu or ids_TK.dtype is not torch.int64:
+    if ids_TK is None or plan is not None or not ids_TK.is_cpu or not ids_TK.numel():
         return None
     check_decision(operator, T, E, decision)
-    if not ids_TK.numel():
-        return None
-    try:
+    lowest, highest = check_bounds(operator, ids_TK)
+    ids_TK = ids_TK.to(torch.int64)
+    if lowest >= 0 and highest < E:
         return weights.new_zeros(T, E).scatter_add_(1, ids_TK, weights)
-    except RuntimeError:
-        # an id outside of [0, E): an empty slot, or an error for the plan to name
-        return None
+    # empty slots have a column of their own
+    ids_TK = torch.where((ids_TK < 0) | (ids_TK >= E), E, ids_TK)
+    return weights.new_zeros(T, E + 1).scatter_add_(1, ids_TK, weights)[:, :E]
 
 
 def check_decision(operator: str, T: int, E: int, decision: Decision) -> None:

@@ -28,7 +28,8 @@ from moe_kit_kernels.lora_experts.decision import (
 from moe_kit_kernels.lora_experts.gpu import linear_fuses, run_triton, uses_triton
 from moe_kit_kernels.lora_experts.reference import lora_experts_reference
 
-# up to so many columns of H autograd's own gradients are faster, and what they keep beyond H [P, L] is under 200 KB
+# up to so many numbers [T, E*L] autograd's own forty calls are cheaper than a gradient in Python; it keeps two such tensors in
+# place of H [P, L], together 128 KB in float32
 _FEW_COLUMNS = 1 << 14
 
 
@@ -132,10 +133,11 @@ def _dense(
 ) -> Tensor:
     """Two GEMMs in one dtype, as plain operations or as one autograd function."""
     T, (E, L, _) = x_TD.shape[0], A_ELD.shape
-    if not training or T * E * L <= _FEW_COLUMNS:
+    few = T * E * L <= _FEW_COLUMNS and cpu_columns.side_by_side(B_EOL) is not None
+    if few or not training:
         gates_TE = gates_of_table(operator, T, E, decision)
         if gates_TE is not None:
-            return cpu_columns.add_few(gates_TE, scale, x_TD, base_TO, A_ELD, B_EOL, owned=overwrite_base)
+            return cpu_columns.add_table(gates_TE, scale, x_TD, base_TO, A_ELD, B_EOL, owned=overwrite_base)
     plan = resolve_plan(operator, T, E, decision)
     if training:
         return cpu_single.DenseLora.apply(plan, scale, overwrite_base, x_TD, decision.weights, base_TO, A_ELD, B_EOL)

@@ -15,7 +15,7 @@ from moe_kit_kernels.lora_experts.triton import (
     lora_up_dense_kernel,
     lora_up_sorted_kernel,
 )
-from moe_kit_kernels.route_plan import RoutePlan, route_plan, tile_height, tile_map
+from moe_kit_kernels.route_plan import RoutePlan, slot_tile_maps, tile_height
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -198,24 +198,6 @@ def up_dense(
     return y_TO
 
 
-def slot_plans(plan: RoutePlan) -> list[RoutePlan]:
-    """Split a plan by slot: within a slot a token occurs once, so adding to its row races with nobody.
-
-    Args:
-        plan: the routing, from a [T, K] table.
-
-    Returns:
-        K plans over T pairs each, kept on the plan.
-    """
-    kept = plan.__dict__.get("_slot_plans")
-    if kept is None:
-        ids_TK = plan.expert_P.view(plan.num_tokens, plan.slots)
-        kept = plan.__dict__["_slot_plans"] = [
-            route_plan(ids_TK[:, k : k + 1].contiguous(), plan.num_experts) for k in range(plan.slots or 0)
-        ]
-    return kept
-
-
 def up_sorted(
     H_PL: Tensor,
     B_EOL: Tensor,
@@ -255,7 +237,7 @@ def up_sorted(
     tile = sizes.tuned("lora_up_sorted", H_PL.device, sizes.sorted_tile(rows, L, size), rows=rows, **more)
     BN = tile["BN"]
     width = sizes.group_columns(T, y_TO.element_size(), BN)
-    maps = [(p, tile_map(p, rows)) for p in slot_plans(plan)]
+    maps = slot_tile_maps(plan, rows)
     for first in range(0, O, width):
         end = min(O, first + width)
         for slot, (part, tiles) in enumerate(maps):

@@ -13,17 +13,41 @@ the sorted pieces, so it does not pay for them.
 
 Legend: T tokens, K slots a token, P pairs (T*K for token choice), E experts.
 
+On a GPU three launches of `triton.py` make all sorted pieces at once, also those of each slot of a table.
+
 Sources: stable sort by expert as in MegaBlocks (arXiv 2211.15841); a tile map without padded memory as in SonicMoE
 (arXiv 2512.14080). It is not a dispatch: no row of any activation moves here.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.cached import cached
 from moe_kit_kernels.common.checks import check_device, fail
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def on_kernels(plan: RoutePlan) -> bool:
+    """Tell whether the planning kernels serve a plan.
+
+    Args:
+        plan: the routing.
+
+    Returns:
+        True on a GPU with Triton installed, up to 1023 experts and 2^31 pairs; False inside a trace.
+    """
+    sizes = plan.num_experts <= 1023 and plan.num_pairs < 2**31
+    return plan.device.type == "cuda" and sizes and not torch.compiler.is_compiling() and _has_triton()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +87,38 @@ class RoutePlan:
         T, K = self.num_tokens, self.slots
         return torch.arange(T, device=self.device).view(T, 1).expand(T, K).reshape(-1)
 
+    def _sort(self, piece: str) -> Tensor:
+        """Run the kernels, keep all that they make, and return one piece of it."""
+        from moe_kit_kernels.route_plan.triton import sort_pairs
+
+        slots = 1 if self.slots is None else max(1, self.slots)
+        own, *each = sort_pairs(self.expert_P.contiguous(), self.free_token_P, slots, self.num_experts)
+        self.__dict__.update(own)
+        if each:
+            ids_TK = self.expert_P.view(self.num_tokens, slots)
+            parts = [RoutePlan(ids_TK[:, k], self.num_tokens, self.num_experts, 1) for k in range(slots)]
+            for part, pieces in zip(parts, each, strict=True):
+                part.__dict__.update(pieces)
+            self.__dict__["slot_plans"] = parts
+        return self.__dict__[piece]
+
+    @cached
+    def slot_plans(self) -> list[RoutePlan]:
+        """K plans over T pairs each: within a slot of a table a token occurs once, so adding to its row races with nobody."""
+        assert self.slots is not None, "free pairs have no slots"
+        if self.slots == 1:
+            return [self]
+        if self.slots and on_kernels(self):
+            self._sort("order_P")
+            return self.__dict__["slot_plans"]
+        ids_TK = self.expert_P.view(self.num_tokens, self.slots)
+        return [RoutePlan(ids_TK[:, k].contiguous(), self.num_tokens, self.num_experts, 1) for k in range(self.slots)]
+
     @cached
     def counts_E(self) -> Tensor:
         """[E] int64 pairs of each expert, dropped pairs left out."""
+        if on_kernels(self):
+            return self._sort("counts_E")
         ones = torch.ones_like(self.expert_P)
         counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.device)
         return counts.scatter_add_(0, self.expert_P, ones)[: self.num_experts]
@@ -73,6 +126,8 @@ class RoutePlan:
     @cached
     def offsets_E1(self) -> Tensor:
         """[E + 1] int64 first sorted position of each expert; the last entry is the number of pairs not dropped."""
+        if on_kernels(self):
+            return self._sort("offsets_E1")
         offsets = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(self.counts_E, 0, out=offsets[1:])
         return offsets
@@ -85,6 +140,8 @@ class RoutePlan:
     @cached
     def order_P(self) -> Tensor:
         """[P] int64 given positions in sorted order: by expert, stable, dropped pairs last."""
+        if on_kernels(self):
+            return self._sort("order_P")
         # a narrow key sorts faster (radix passes on CUDA, less traffic on CPU)
         narrow = torch.int16 if self.num_experts < 2**15 else torch.int32
         return torch.sort(self.expert_P.to(narrow), stable=True).indices
@@ -92,17 +149,23 @@ class RoutePlan:
     @cached
     def inverse_P(self) -> Tensor:
         """[P] int64 sorted position of each given pair: `inverse_P[order_P] = arange(P)`."""
+        if on_kernels(self):
+            return self._sort("inverse_P")
         positions = torch.arange(self.num_pairs, device=self.device)
         return torch.zeros_like(self.order_P).scatter_(0, self.order_P, positions)
 
     @cached
     def sorted_token_P(self) -> Tensor:
         """[P] int64 token of each pair in sorted order."""
+        if on_kernels(self):
+            return self._sort("sorted_token_P")
         return self.token_P.index_select(0, self.order_P)
 
     @cached
     def sorted_expert_P(self) -> Tensor:
         """[P] int64 expert of each pair in sorted order; E for dropped pairs."""
+        if on_kernels(self):
+            return self._sort("sorted_expert_P")
         return self.expert_P.index_select(0, self.order_P)
 
     @cached
@@ -200,13 +263,28 @@ def check_ids(operator: str, ids: Tensor) -> None:
         raise fail(operator, "dtype of the expert ids", ids.dtype, "an integer dtype", "Convert them: ids.long()")
 
 
-def _bounds(ids: Tensor) -> tuple[int, int]:
-    """Smallest and largest id; a short list is faster in Python than a reduction."""
+def check_bounds(operator: str, ids: Tensor) -> tuple[int, int]:
+    """Find the smallest and the largest id, which waits for the device.
+
+    Args:
+        operator: public name, for messages.
+        ids: integer ids, one or more.
+
+    Returns:
+        Both; any id outside of [0, E) is an empty slot.
+
+    Raises:
+        KernelError: an id below -1.
+    """
     if ids.numel() <= 64:
+        # a short list is looked through in Python sooner than by a reduction
         listed = ids.reshape(-1).tolist()
-        return min(listed), max(listed)
-    low, high = torch.aminmax(ids)
-    return int(low), int(high)
+        lowest, highest = min(listed), max(listed)
+    else:
+        lowest, highest = (int(bound) for bound in torch.aminmax(ids))
+    if lowest < -1:
+        raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
+    return lowest, highest
 
 
 def _clean_ids(operator: str, ids: Tensor, num_experts: int) -> Tensor:
@@ -216,9 +294,7 @@ def _clean_ids(operator: str, ids: Tensor, num_experts: int) -> Tensor:
         raise fail(operator, "num_experts", num_experts, "at least 1", "Pass the size of the expert bank")
     ids = ids.to(torch.int64)
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        lowest, highest = _bounds(ids)
-        if lowest < -1:
-            raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
+        lowest, highest = check_bounds(operator, ids)
         if lowest >= 0 and highest < num_experts:
             return ids
     return torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_kit_kernels.route_plan.plan import RoutePlan
+from moe_kit_kernels.route_plan.plan import RoutePlan, on_kernels
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,13 @@ def tile_map(plan: RoutePlan, rows: int, *, by_token: bool = False) -> TileMap:
         ([2, 2, 0, 3, -1], [1, 3, 0, 4])
     """
     kept = plan.__dict__.setdefault("_tile_maps", {})
+    if (rows, by_token) not in kept and on_kernels(plan):
+        from moe_kit_kernels.route_plan.triton import list_tiles
+
+        length = tile_bound(plan.num_pairs, plan.num_experts, rows)
+        order = (plan.sorted_token_P, plan.num_tokens) if by_token else None
+        (tables,) = list_tiles(plan.offsets_E1[None], plan.num_pairs, rows, length, order)
+        kept[rows, by_token] = TileMap(*tables, rows)
     if (rows, by_token) not in kept:
         order_E = torch.sort(plan.counts_E, descending=True, stable=True).indices
         order_N = torch.cat([order_E, order_E.new_full((1,), plan.num_experts)])
@@ -135,6 +142,29 @@ def tile_map(plan: RoutePlan, rows: int, *, by_token: bool = False) -> TileMap:
             expert_G, start_G, end_G = expert_G[by_G], start_G[by_G], end_G[by_G]
         kept[rows, by_token] = TileMap(expert_G.to(torch.int32), start_G, end_G, rows)
     return kept[rows, by_token]
+
+
+def slot_tile_maps(plan: RoutePlan, rows: int) -> list[tuple[RoutePlan, TileMap]]:
+    """Build the tiles of a table's slots, by expert; on a GPU in one launch for all of them.
+
+    Args:
+        plan: The routing, from a [T, K] table.
+        rows: BM, at least 1.
+
+    Returns:
+        The plan and the map of each slot.
+    """
+    parts = plan.slot_plans
+    if len(parts) > 1 and on_kernels(plan) and (rows, False) not in parts[0].__dict__.get("_tile_maps", {}):
+        from moe_kit_kernels.route_plan.triton import list_tiles
+
+        T, E = plan.num_tokens, plan.num_experts
+        # the slots' offsets are neighbours in memory
+        offsets = parts[0].offsets_E1
+        offsets_KE1 = offsets.as_strided((len(parts), E + 1), (E + 1, 1), offsets.storage_offset())
+        for part, tables in zip(parts, list_tiles(offsets_KE1, T, rows, tile_bound(T, E, rows)), strict=True):
+            part.__dict__.setdefault("_tile_maps", {})[rows, False] = TileMap(*tables, rows)
+    return [(part, tile_map(part, rows)) for part in parts]
 
 
 def chunk_map(plan: RoutePlan, rows: int) -> ChunkMap:

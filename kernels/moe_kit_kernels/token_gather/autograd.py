@@ -5,7 +5,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from moe_kit_kernels.common.backward import first_order
 from moe_kit_kernels.token_gather import cpu
 
 
@@ -29,7 +28,6 @@ class TokenGather(torch.autograd.Function):
         return _implementation(backend).gather(x_TD, index_N)
 
     @staticmethod
-    @first_order
     def backward(ctx, dx_ND: Tensor):
         """Return the gradient of `x_TD` and two Nones."""
         (index_N,) = ctx.saved_tensors
@@ -57,7 +55,6 @@ class TokenScatter(torch.autograd.Function):
         return _implementation(backend).scatter(y_ND, index_N, base_TD, num_tokens, weights_T)
 
     @staticmethod
-    @first_order
     def backward(ctx, dy_TD: Tensor):
         """Return the gradients of `y_ND`, `base_TD` and `weights_T`."""
         y_ND, index_N, weights_T = ctx.saved_tensors

@@ -148,20 +148,21 @@ def lookup(
     where = (os.environ.get(PIN, ""), os.environ.get(TABLES, ""))
     sizes = (width_in, width_out, rows, gated, itemsize, aligned, rank, columns)
     key = (kernel, name, limit, sizes, defaults, where)
-    if key not in _answers:
+    answer = _answers.get(key)
+    if answer is None:
         config = find(
             kernel, name, limit, width_in, width_out, rows, gated, itemsize=itemsize, rank=rank, default=default
         )
         if not aligned:
             config = narrow(config)
         config.update(_pinned(kernel, config, where[0]))
-        _answers[key] = fit(config, rows, itemsize, gated, limit, columns)
-    return dict(_answers[key])
+        answer = _answers[key] = fit(config, rows, itemsize, gated, limit, columns)
+    return dict(answer)
 
 
 def forget() -> None:
     """Forget what was read and looked up: call it when a table on disk has changed."""
-    _table.cache_clear()
+    _read.cache_clear()
     _answers.clear()
 
 
@@ -229,9 +230,13 @@ def find(
     return full_precision(config, rows, gated) if itemsize > 2 and not entries else config
 
 
-@lru_cache
 def _table(name: str) -> dict[str, list[dict]]:
-    folders = [Path(folder) for folder in [os.environ.get(TABLES, "")] if folder] + [Path(__file__).parent]
+    return _read(name, os.environ.get(TABLES, ""))
+
+
+@lru_cache
+def _read(name: str, more: str) -> dict[str, list[dict]]:
+    folders = [Path(folder) for folder in [more] if folder] + [Path(__file__).parent]
     for folder in folders:
         path = folder / f"{name}.json"
         if path.exists():

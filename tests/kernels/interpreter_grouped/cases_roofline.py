@@ -157,7 +157,7 @@ def test_lora_up_sorted(base, bytes_of_y, traced, monkeypatch):
     plan, E, O, L = route_plan(IDS, 5), 5, 150, 16
     more = {"weights": torch.rand(20, 2), "base_TO": torch.randn(20, O) if base else None}
     lora.up_sorted(torch.randn(40, L), torch.randn(E, O, L), plan, torch.float32, **more)
-    slots = [runs_of(part, True) for part in lora.slot_plans(plan)]
+    slots = [runs_of(part, True) for part in plan.slot_plans]
     rows = tile_height(20, E)
     tile = lora_tiles.sorted_tile(rows, L, 4)
     width = lora_tiles.group_columns(20, 4, tile["BN"])

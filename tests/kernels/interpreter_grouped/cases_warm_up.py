@@ -30,7 +30,9 @@ def pins(monkeypatch):
     monkeypatch.setattr(tuning, "_device", lambda device: ("Fake_GPU", tuning.SHARED_LIMIT["sm_90"]))
     monkeypatch.setattr(tuning, "_measured", {})
     monkeypatch.setattr(measure, "_timed", timed)
-    return seen
+    tuning.forget()
+    yield seen
+    tuning.forget()
 
 
 @pytest.mark.parametrize("rank", [None, 4])
