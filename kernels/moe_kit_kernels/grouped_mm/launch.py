@@ -10,6 +10,7 @@ import triton as _triton
 from torch import Tensor
 
 from moe_kit_kernels import tuning
+from moe_kit_kernels.common.device import on_its_device
 from moe_kit_kernels.grouped_mm.sizes import product_tile
 from moe_kit_kernels.grouped_mm.triton import grouped_mm_dact_kernel, grouped_mm_kernel
 from moe_kit_kernels.route_plan import RoutePlan, TileMap, tile_height, tile_map
@@ -37,6 +38,7 @@ def aligned(*operands: Tensor) -> bool:
     )
 
 
+@on_its_device
 def product(
     x: Tensor,
     weight_EOD: Tensor,
@@ -130,6 +132,7 @@ def product(
     return y_PO, z_PF
 
 
+@on_its_device
 def through_activation(
     dy: Tensor,
     down_EDH: Tensor,

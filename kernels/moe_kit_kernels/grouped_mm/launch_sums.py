@@ -15,6 +15,7 @@ import triton as _triton
 from torch import Tensor
 
 from moe_kit_kernels import tuning
+from moe_kit_kernels.common.device import on_its_device
 from moe_kit_kernels.grouped_mm import sizes
 from moe_kit_kernels.grouped_mm.launch import aligned, precision, unit_stride
 from moe_kit_kernels.grouped_mm.triton_sums import combine_kernel, grouped_gram_kernel, split_sum_kernel
@@ -27,6 +28,7 @@ def _workers(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@on_its_device
 def gram(
     dz: Tensor,
     x: Tensor,
@@ -120,6 +122,7 @@ def _add_parts(parts_SOD: Tensor, dw_EOD: Tensor, first_E1: Tensor) -> None:
     split_sum_kernel[grid](parts_SOD, dw_EOD, first_E1, O, D, *dw_EOD.stride(), BO=block_o, BD=block_d, num_warps=4)
 
 
+@on_its_device
 def combine(rows_PO: Tensor, plan: RoutePlan, weights_P: Tensor | None = None) -> Tensor:
     """Launch `combine_kernel`: sum every token's sorted rows, each times its weight, in fp32 and slot order.
 

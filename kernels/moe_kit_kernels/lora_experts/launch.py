@@ -7,6 +7,7 @@ import torch
 import triton as _triton
 from torch import Tensor
 
+from moe_kit_kernels.common.device import on_its_device
 from moe_kit_kernels.lora_experts import tiles as sizes
 from moe_kit_kernels.lora_experts.triton import (
     lora_decode_down_kernel,
@@ -49,6 +50,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@on_its_device
 def down_dense(
     x_TD: Tensor,
     A_ELD: Tensor,
@@ -115,6 +117,7 @@ def down_dense(
     return H_PL, dw_TK
 
 
+@on_its_device
 def up_dense(
     H_PL: Tensor,
     B_EOL: Tensor,
@@ -198,6 +201,7 @@ def up_dense(
     return y_TO
 
 
+@on_its_device
 def up_sorted(
     H_PL: Tensor,
     B_EOL: Tensor,
@@ -274,6 +278,7 @@ def up_sorted(
     return y_TO
 
 
+@on_its_device
 def decode(
     x_TD: Tensor,
     A_ELD: Tensor,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kit_kernels import tuning
+from moe_kit_kernels.common.device import on_its_device
 from moe_kit_kernels.grouped_mm import launch, launch_sums
 from moe_kit_kernels.grouped_mm.triton import _product, _tile
 from moe_kit_kernels.route_plan import RoutePlan
@@ -80,6 +81,7 @@ def lora_grouped_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
+@on_its_device
 def product(
     x: Tensor, weight_EOD: Tensor, h_PL: Tensor, B_EOL: Tensor, plan: RoutePlan, gather: bool, scatter: bool
 ) -> Tensor:

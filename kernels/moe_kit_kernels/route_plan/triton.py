@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kit_kernels.common.device import on_its_device
+
 BLOCK = 256
 """Pairs of a program."""
 MAX_EXPERTS = 1023
@@ -181,6 +183,7 @@ def order_tiles_kernel(
     tl.store(to_end_ptr + place, tl.load(end_ptr + tile, mask=used), mask=used)
 
 
+@on_its_device
 def sort_pairs(expert_P: Tensor, token_P: Tensor | None, slots: int, num_experts: int) -> list[dict[str, Tensor]]:
     """Sort pairs by expert in three launches; those of a table also slot by slot, in the same launches.
 
@@ -217,6 +220,7 @@ def sort_pairs(expert_P: Tensor, token_P: Tensor | None, slots: int, num_experts
     ]
 
 
+@on_its_device
 def list_tiles(
     offsets_SE1: Tensor, num_pairs: int, rows: int, length: int, by_token: tuple[Tensor, int] | None = None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kit_kernels.common.device import on_its_device
+
 
 @triton.jit
 def gather_rows_kernel(x_ptr, index_ptr, out_ptr, D, stride_x, stride_out, BN: tl.constexpr):
@@ -80,6 +82,7 @@ def _slot_T(index_N: Tensor, num_tokens: int) -> Tensor:
     return torch.full((num_tokens + 1,), -1, device=index_N.device).scatter_(0, row_N, slot_N)[:num_tokens]
 
 
+@on_its_device
 def gather(x_TD: Tensor, index_N: Tensor) -> Tensor:
     """Return the rows of `x_TD [T, D]` named by `index_N`, zero rows for -1: `[N, D]`."""
     x_TD, (N, D) = _rows(x_TD), (index_N.shape[0], x_TD.shape[1])
@@ -95,6 +98,7 @@ def spread(x_ND: Tensor, index_N: Tensor, num_tokens: int) -> Tensor:
     return gather(x_ND, _slot_T(index_N, num_tokens))
 
 
+@on_its_device
 def scatter(y_ND: Tensor, index_N: Tensor, base_TD: Tensor | None, num_tokens: int, weights_T: Tensor | None) -> Tensor:
     """Return `base_TD` plus `weights_T * y_ND` at the rows of `index_N`, summed in float32: `[T, D]`."""
     if base_TD is None and weights_T is None:
@@ -120,6 +124,7 @@ def scatter(y_ND: Tensor, index_N: Tensor, base_TD: Tensor | None, num_tokens: i
     return out_TD
 
 
+@on_its_device
 def scatter_backward(
     dy_TD: Tensor, y_ND: Tensor, index_N: Tensor, weights_T: Tensor | None, need_y: bool, need_weights: bool
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -12,6 +12,7 @@ import triton as _triton
 from torch import Tensor
 
 from moe_kit_kernels.common.backward import first_order
+from moe_kit_kernels.common.device import on_its_device
 from moe_kit_kernels.topk_gate.reference import EPSILON
 from moe_kit_kernels.topk_gate.triton import topk_gate_backward_kernel, topk_gate_kernel
 
@@ -33,6 +34,7 @@ class TritonGate(torch.autograd.Function):
     """`apply(logits_TE, bias_E, k, score, renormalize, scale)` -> ids [T, K], weights [T, K], counts [E]."""
 
     @staticmethod
+    @on_its_device
     def forward(
         ctx: Any, logits_TE: Tensor, bias_E: Tensor | None, k: int, score: str, renormalize: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +74,7 @@ class TritonGate(torch.autograd.Function):
 
     @staticmethod
     @first_order
+    @on_its_device
     def backward(ctx: Any, _ids: Any, dw_TK: Tensor, _counts: Any) -> Any:
         """Launch the backward kernel."""
         logits_TE, ids_TK = ctx.saved_tensors
