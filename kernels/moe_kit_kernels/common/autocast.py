@@ -19,7 +19,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     Returns:
         The autocast dtype of the device's kind, or None outside of autocast.
     """
-    if not torch.is_autocast_enabled(device.type):
+    if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):
         return None
     return torch.get_autocast_dtype(device.type)
 

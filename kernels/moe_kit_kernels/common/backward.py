@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kit_kernels.common.autocast import no_autocast
+from moe_kit_kernels.common.autocast import autocast_dtype, no_autocast
 from moe_kit_kernels.common.checks import fail
 
 
@@ -34,10 +34,6 @@ class _Context:
         return getattr(self._ctx, name)
 
 
-def _autocasts(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def first_order(backward: Callable) -> Callable:
     """Decorate the `backward` of an autograd function: the dtypes of its forward hold, and there is no second derivative.
 
@@ -56,7 +52,7 @@ def first_order(backward: Callable) -> Callable:
     def plain(ctx: Any, *gradients: Any) -> Any:
         device = next((gradient.device for gradient in gradients if gradient is not None), None)
         graph = torch.is_grad_enabled()
-        if not graph and (device is None or not _autocasts(device)):
+        if not graph and (device is None or autocast_dtype(device) is None):
             return backward(ctx, *gradients)
         context = _Context(ctx) if graph else ctx
         with torch.no_grad(), no_autocast(device or torch.device("cpu")):

@@ -1,4 +1,4 @@
-"""The device that a kernel is launched on.
+"""Whether Triton is there, and the device that a kernel is launched on.
 
 PyTorch's own operators switch to the device of their inputs; a Triton launch goes to the current device. In a model that is
 spread over several GPUs (`device_map="auto"`) these are not the same.
@@ -6,6 +6,8 @@ spread over several GPUs (`device_map="auto"`) these are not the same.
 
 import functools
 from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -13,6 +15,12 @@ from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Tell whether Triton is installed; looked up once, without importing it."""
+    return find_spec("triton") is not None
 
 
 def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:

@@ -4,12 +4,12 @@
 any other device. An implementation that was asked for by name and cannot run here is an error that says what runs instead.
 """
 
-import importlib.util
 import os
 
 import torch
 
 from moe_kit_kernels.common.checks import fail
+from moe_kit_kernels.common.device import has_triton
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
 
@@ -36,12 +36,11 @@ def resolve_backend(operator: str, backend: str, device: torch.device, *, portab
     """
     if backend not in BACKENDS:
         raise fail(operator, "backend", repr(backend), f"one of {BACKENDS}", 'Pass backend="auto"')
-    has_triton = importlib.util.find_spec("triton") is not None
     plain = "cpu" if portable or device.type == "cpu" else "reference"
     if backend == "auto":
-        return "triton" if device.type == "cuda" and has_triton else plain
+        return "triton" if device.type == "cuda" and has_triton() else plain
     if backend == "triton":
-        if not has_triton:
+        if not has_triton():
             raise fail(
                 operator,
                 "backend",

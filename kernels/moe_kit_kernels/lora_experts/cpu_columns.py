@@ -97,19 +97,6 @@ def add(
     return results, kept
 
 
-def side_by_side(bank_EOL: Tensor) -> Tensor | None:
-    """View the B of all experts one below the other.
-
-    Args:
-        bank_EOL: [E, O, L].
-
-    Returns:
-        [E*L, O]; None for a bank that does not keep B as [E, L, O], of which it would be a copy.
-    """
-    E, O, L = bank_EOL.shape
-    return bank_EOL.as_strided((E * L, O), (O, 1)) if bank_EOL.stride() == (L * O, 1, O) else None
-
-
 def add_table(
     gates_TE: Tensor, scale: float, x_TD: Tensor, base_TO: Tensor | None, A_ELD: Tensor, B_EOL: Tensor, *, owned: bool
 ) -> Tensor:
@@ -136,8 +123,7 @@ def add_table(
     else:
         expand_EC = cpu.expansion(E, (L,), scale, x_TD.dtype, x_TD.device)[:E]
         G_TC = H_TC.mul_(torch.mm(gates_TE, expand_EC))
-    B_CO = side_by_side(B_EOL)
-    B_CO = B_EOL.transpose(1, 2).reshape(E * L, -1) if B_CO is None else B_CO
+    B_CO = cpu.join_up(B_EOL, x_TD.dtype).t()
     if base_TO is None:
         return torch.mm(G_TC, B_CO)
     return base_TO.addmm_(G_TC, B_CO) if owned else torch.addmm(base_TO, G_TC, B_CO)

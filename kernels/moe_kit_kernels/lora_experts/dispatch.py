@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import fail
-from moe_kit_kernels.lora_experts import cpu_columns, cpu_linears, cpu_pairs, cpu_single, ops  # noqa: F401 (ops registers the operators)
+from moe_kit_kernels.lora_experts import cpu, cpu_columns, cpu_linears, cpu_pairs, cpu_single, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
 from moe_kit_kernels.lora_experts.choice import choose, chosen_form, for_kernels, of_pairs, on_kernels
 from moe_kit_kernels.lora_experts.cpu_decode import decode, decode_linears
@@ -133,7 +133,7 @@ def _dense(
 ) -> Tensor:
     """Two GEMMs in one dtype, as plain operations or as one autograd function."""
     T, (E, L, _) = x_TD.shape[0], A_ELD.shape
-    few = T * E * L <= _FEW_COLUMNS and cpu_columns.side_by_side(B_EOL) is not None
+    few = T * E * L <= _FEW_COLUMNS and cpu.is_joined(B_EOL)
     if few or not training:
         gates_TE = gates_of_table(operator, T, E, decision)
         if gates_TE is not None:

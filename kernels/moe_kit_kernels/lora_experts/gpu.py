@@ -5,12 +5,12 @@ Legend: T tokens, K slots a token, E experts, D width in, O width out, L rank.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import fail
+from moe_kit_kernels.common.device import has_triton
 from moe_kit_kernels.cost_model import Device, LoraShape, device_of, linear_seconds
 from moe_kit_kernels.grouped_mm.backend import interpreting, resolve_backend
 from moe_kit_kernels.route_plan import RoutePlan
@@ -59,7 +59,7 @@ def uses_triton(device: torch.device) -> bool:
     Returns:
         True on a GPU with Triton installed, and everywhere under Triton's interpreter (`TRITON_INTERPRET=1`).
     """
-    return (device.type == "cuda" or interpreting()) and find_spec("triton") is not None
+    return (device.type == "cuda" or interpreting()) and has_triton()
 
 
 def run_triton(

@@ -2,6 +2,7 @@
 
 from moe_kit_kernels.aot import Variant
 from moe_kit_kernels.route_plan import triton as kernels
+from moe_kit_kernels.route_plan.plan import MAX_EXPERTS
 
 _LISTS = {"expert_ptr": "*i32", "start_ptr": "*i64", "end_ptr": "*i64"}
 
@@ -16,7 +17,7 @@ def variants(arch: str) -> list[Variant]:
         8 and (odd) 60 experts and as many as there can be, for tables; the order of pairs also for free pairs.
     """
     found = []
-    for E in (8, 60, kernels.MAX_EXPERTS):
+    for E in (8, 60, MAX_EXPERTS):
         EP = 1 << E.bit_length()
         name, sizes = f"{E}-experts", {"BLOCK": kernels.BLOCK, "EP": EP}
         rows = max(1, kernels._SCANNED // EP)

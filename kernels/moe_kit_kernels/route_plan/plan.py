@@ -21,20 +21,20 @@ Sources: stable sort by expert as in MegaBlocks (arXiv 2211.15841); a tile map w
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.cached import cached
 from moe_kit_kernels.common.checks import check_device, fail
+from moe_kit_kernels.common.device import has_triton
 
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+MAX_EXPERTS = 1023
+"""E of the planning kernels at most: a program holds a number for each expert."""
 
 
 def on_kernels(plan: RoutePlan) -> bool:
@@ -44,10 +44,20 @@ def on_kernels(plan: RoutePlan) -> bool:
         plan: the routing.
 
     Returns:
-        True on a GPU with Triton installed, up to 1023 experts and 2^31 pairs; False inside a trace.
+        True on a GPU with Triton installed, up to `MAX_EXPERTS` experts and 2^31 pairs; False inside a trace.
     """
-    sizes = plan.num_experts <= 1023 and plan.num_pairs < 2**31
-    return plan.device.type == "cuda" and sizes and not torch.compiler.is_compiling() and _has_triton()
+    sizes = plan.num_experts <= MAX_EXPERTS and plan.num_pairs < 2**31
+    return plan.device.type == "cuda" and sizes and not torch.compiler.is_compiling() and has_triton()
+
+
+def _sorted_piece(function: Callable[[RoutePlan], Tensor]) -> cached[Tensor]:
+    """A cached property that the kernels make where they serve, together with all others of its kind."""
+
+    @functools.wraps(function)
+    def piece(plan: RoutePlan) -> Tensor:
+        return plan._sort(function.__name__) if on_kernels(plan) else function(plan)
+
+    return cached(piece)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +97,7 @@ class RoutePlan:
         T, K = self.num_tokens, self.slots
         return torch.arange(T, device=self.device).view(T, 1).expand(T, K).reshape(-1)
 
-    def _sort(self, piece: str) -> Tensor:
+    def _sort(self, piece: str) -> Any:
         """Run the kernels, keep all that they make, and return one piece of it."""
         from moe_kit_kernels.route_plan.triton import sort_pairs
 
@@ -95,12 +105,14 @@ class RoutePlan:
         own, *each = sort_pairs(self.expert_P.contiguous(), self.free_token_P, slots, self.num_experts)
         self.__dict__.update(own)
         if each:
-            ids_TK = self.expert_P.view(self.num_tokens, slots)
-            parts = [RoutePlan(ids_TK[:, k], self.num_tokens, self.num_experts, 1) for k in range(slots)]
+            self.__dict__["slot_plans"] = parts = self._by_slot()
             for part, pieces in zip(parts, each, strict=True):
                 part.__dict__.update(pieces)
-            self.__dict__["slot_plans"] = parts
         return self.__dict__[piece]
+
+    def _by_slot(self) -> list[RoutePlan]:
+        ids_TK = self.expert_P.view(self.num_tokens, self.slots)
+        return [RoutePlan(expert_T, self.num_tokens, self.num_experts, 1) for expert_T in ids_TK.unbind(1)]
 
     @cached
     def slot_plans(self) -> list[RoutePlan]:
@@ -108,26 +120,18 @@ class RoutePlan:
         assert self.slots is not None, "free pairs have no slots"
         if self.slots == 1:
             return [self]
-        if self.slots and on_kernels(self):
-            self._sort("order_P")
-            return self.__dict__["slot_plans"]
-        ids_TK = self.expert_P.view(self.num_tokens, self.slots)
-        return [RoutePlan(ids_TK[:, k].contiguous(), self.num_tokens, self.num_experts, 1) for k in range(self.slots)]
+        return self._sort("slot_plans") if self.slots and on_kernels(self) else self._by_slot()
 
-    @cached
+    @_sorted_piece
     def counts_E(self) -> Tensor:
         """[E] int64 pairs of each expert, dropped pairs left out."""
-        if on_kernels(self):
-            return self._sort("counts_E")
         ones = torch.ones_like(self.expert_P)
         counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.device)
         return counts.scatter_add_(0, self.expert_P, ones)[: self.num_experts]
 
-    @cached
+    @_sorted_piece
     def offsets_E1(self) -> Tensor:
         """[E + 1] int64 first sorted position of each expert; the last entry is the number of pairs not dropped."""
-        if on_kernels(self):
-            return self._sort("offsets_E1")
         offsets = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(self.counts_E, 0, out=offsets[1:])
         return offsets
@@ -137,35 +141,27 @@ class RoutePlan:
         """[E] int32 end of each expert's run in the sorted order: the `offs` that `torch` grouped_mm takes."""
         return self.offsets_E1[1:].to(torch.int32)
 
-    @cached
+    @_sorted_piece
     def order_P(self) -> Tensor:
         """[P] int64 given positions in sorted order: by expert, stable, dropped pairs last."""
-        if on_kernels(self):
-            return self._sort("order_P")
         # a narrow key sorts faster (radix passes on CUDA, less traffic on CPU)
         narrow = torch.int16 if self.num_experts < 2**15 else torch.int32
         return torch.sort(self.expert_P.to(narrow), stable=True).indices
 
-    @cached
+    @_sorted_piece
     def inverse_P(self) -> Tensor:
         """[P] int64 sorted position of each given pair: `inverse_P[order_P] = arange(P)`."""
-        if on_kernels(self):
-            return self._sort("inverse_P")
         positions = torch.arange(self.num_pairs, device=self.device)
         return torch.zeros_like(self.order_P).scatter_(0, self.order_P, positions)
 
-    @cached
+    @_sorted_piece
     def sorted_token_P(self) -> Tensor:
         """[P] int64 token of each pair in sorted order."""
-        if on_kernels(self):
-            return self._sort("sorted_token_P")
         return self.token_P.index_select(0, self.order_P)
 
-    @cached
+    @_sorted_piece
     def sorted_expert_P(self) -> Tensor:
         """[P] int64 expert of each pair in sorted order; E for dropped pairs."""
-        if on_kernels(self):
-            return self._sort("sorted_expert_P")
         return self.expert_P.index_select(0, self.order_P)
 
     @cached

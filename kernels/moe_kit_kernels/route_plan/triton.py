@@ -27,8 +27,6 @@ from moe_kit_kernels.common.device import on_its_device
 
 BLOCK = 256
 """Pairs of a program."""
-MAX_EXPERTS = 1023
-"""E at most: a program holds a number for each expert."""
 # numbers that a program of the scan holds at a time
 _SCANNED = 4096
 # pairs that a pair is compared with at a time; tiles whose place a program finds, and others it compares them with at a time
@@ -191,7 +189,7 @@ def sort_pairs(expert_P: Tensor, token_P: Tensor | None, slots: int, num_experts
         expert_P: [P] int64 experts in [0, E], E = dropped.
         token_P: [P] int64 tokens of free pairs; None for a table.
         slots: K of a table; 1 for free pairs.
-        num_experts: E, at most `MAX_EXPERTS`.
+        num_experts: E, at most `plan.MAX_EXPERTS`.
 
     Returns:
         The fields of `RoutePlan` that follow from the order (counts_E, offsets_E1, order_P, inverse_P, sorted_token_P and
