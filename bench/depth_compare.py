@@ -182,11 +182,15 @@ def _agree(settings: Comparison, rows: Sequence[dict[str, Any]]) -> None:
     from moe_kit.errors import CheckpointError
 
     path = settings.folder / "settings.json"
-    asked = {name: getattr(settings, name) for name in SHARED}
+    asked: dict[str, Any] = {name: getattr(settings, name) for name in SHARED}
+    # how LoRA ran while speeds were taken; rows that do not say so are from before it was merged
+    asked["lora"] = "merged"
     # rows of a folder without the file tell their steps
     before = {"steps": rows[0]["steps"]} if rows else {}
     if path.exists():
         before = json.loads(path.read_text())
+    if rows:
+        before.setdefault("lora", "beside the base")
     other = {name: value for name, value in before.items() if value != asked[name]}
     if other:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -83,6 +84,15 @@ def test_a_folder_takes_no_points_of_other_settings(folder, other):
     with pytest.raises(CheckpointError, match=f"holds a comparison with .*{next(iter(other))}"):
         compare(Comparison(folder=folder, methods=METHODS, **{**TRIAL, **other}))
     assert (folder / "rows.jsonl").read_text() == before
+
+
+def test_speeds_of_merged_lora_do_not_join_those_of_lora_beside_the_base(folder, tmp_path):
+    shutil.copy(folder / "rows.jsonl", tmp_path)
+    settings = json.loads((folder / "settings.json").read_text())
+    del settings["lora"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="'lora': 'beside the base'"):
+        compare(Comparison(folder=tmp_path, methods=METHODS, **TRIAL))
 
 
 def test_rows_without_settings_still_tell_their_steps(tmp_path):
