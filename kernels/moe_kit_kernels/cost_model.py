@@ -50,6 +50,8 @@ class Device:
     """Programs that run at once, each with its share of the GEMM rate and of L2: the multiprocessors of a GPU."""
     capability: int = 0
     """Compute capability times ten, on which some tiles depend; 0 for a host."""
+    native_flops: float = math.inf
+    """Rate of compiled code that walks pairs without a gather, FLOP/s; on a host."""
     host_walk: bool
     """True when sorted execution is a host loop: it pays calls for each expert, and its gathers do not overlap its GEMMs."""
 
@@ -67,7 +69,7 @@ A100 = Device(
     name="a100", flops=250e12, narrow_flops=250e12, bandwidth=1.7e12, l2=4.0e12, cache=40_000_000, call=4e-6,
     processors=108, capability=80, host_walk=False,
 )  # fmt: skip
-CPU = Device(name="cpu", flops=150e9, narrow_flops=60e9, bandwidth=10e9, call=4e-6, host_walk=True)
+CPU = Device(name="cpu", flops=150e9, narrow_flops=60e9, bandwidth=10e9, call=4e-6, native_flops=90e9, host_walk=True)
 
 
 def device_of(device: torch.device) -> Device:
@@ -199,8 +201,9 @@ def gpu_stages(shape: LoraShape, device: Device) -> dict[str, float]:
     blocks, row_tiles = -(-E // EB), -(-T // tiles.down_tile(T, E, L, s)["BM"])
     l2 = x * blocks + A * row_tiles + h
     dense_down = _gpu_stage(device, 2 * T * blocks * EB * LP * D, x + A + h, l2, row_tiles * blocks)
-    BC, LP = tiles.up_columns(E, L, s)
-    tile = tiles.up_tile(T, O, slots, linear=False, capability=0, itemsize=s)
+    more = {"capability": device.capability, "itemsize": s, "columns": E * LP}
+    tile = tiles.up_tile(T, O, slots, linear=False, **more)
+    BC, LP = tiles.up_columns(E, L, s, tile["BM"], slots)
     row_tiles, column_tiles = -(-T // tile["BM"]), -(-O // tile["BN"])
     l2 = 2 * y + h * column_tiles + B * row_tiles
     flops = 2 * T * -(-E * LP // BC) * BC * O
@@ -208,7 +211,7 @@ def gpu_stages(shape: LoraShape, device: Device) -> dict[str, float]:
 
     # a tile reads its expert's matrix; on average an expert's last tile is half empty
     active = min(E, P)
-    rows, padded = tile_height(P, E), max(16, LP)
+    rows, padded = tiles.down_rows(P, E, L, s), max(16, LP)
     count = P / rows + active / 2
     # x once for all pairs of a token while the bank stays in cache, else once a pair
     once = x if tiles.by_token(E, L, D, s) else P * D * s
@@ -253,6 +256,21 @@ def decode_seconds(shape: LoraShape, device: Device, *, looked_up: bool = True) 
     return parameters / bandwidth + calls * device.call
 
 
+def native_seconds(shape: LoraShape, device: Device) -> float:
+    """Model the native implementation on a host: the chosen pairs in place, by compiled code.
+
+    Args:
+        shape: the call's sizes.
+        device: its rates.
+
+    Returns:
+        Seconds.
+    """
+    parameters = min(shape.experts, shape.pairs) * shape.rank * shape.width * shape.itemsize
+    flops = 2 * shape.pairs * shape.rank * shape.width
+    return max(flops / device.native_flops, parameters / device.bandwidth) + 2 * device.call
+
+
 def linear_seconds(shape: LoraShape, device: Device, *, training: bool) -> dict[str, float]:
     """Model a frozen linear with its experts on a GPU: the base product inside our kernel, or the vendor's GEMM before it.
 
@@ -284,8 +302,8 @@ def _linear_pass(shape: LoraShape, device: Device) -> tuple[float, float]:
     stages = gpu_stages(shape, device)
     x, W, y, h, B = T * D * s, O * D * s, T * O * s, shape.pairs * L * s, E * L * O * s
     slots = max(1, -(-shape.pairs // max(1, T)))
-    BC, LP = tiles.up_columns(E, L, s)
     tile = tiles.up_tile(T, O, slots, linear=True, capability=device.capability, itemsize=s)
+    BC, LP = tiles.up_columns(E, L, s, tile["BM"], slots)
     rows, columns = -(-T // tile["BM"]), -(-O // tile["BN"])
     flops = 2 * T * O * (D + -(-E * LP // BC) * BC)
     l2 = (x + h) * columns + (W + B) * rows + y
@@ -301,7 +319,9 @@ def _linear_pass(shape: LoraShape, device: Device) -> tuple[float, float]:
 _TIE = 1.02
 
 
-def choose_lora(shape: LoraShape, device: Device, *, training: bool, looked_up: bool = True) -> str:
+def choose_lora(
+    shape: LoraShape, device: Device, *, training: bool, looked_up: bool = True, native: bool = False
+) -> str:
     """Choose the implementation of LoRA experts with the least modelled time.
 
     Args:
@@ -309,11 +329,14 @@ def choose_lora(shape: LoraShape, device: Device, *, training: bool, looked_up: 
         device: its rates.
         training: True when a gradient will be asked for; decode has none.
         looked_up: see `decode_seconds`.
+        native: compiled code serves the call.
 
     Returns:
-        "dense", "sorted" or "decode"; on a GPU also "mixed", sorted down and dense up.
+        "dense", "sorted" or "decode"; "native" where that serves; on a GPU also "mixed", sorted down and dense up.
     """
     modelled = {"dense": dense_seconds, "mixed": mixed_seconds, "sorted": sorted_seconds}
+    if native:
+        modelled = {"native": native_seconds, **modelled}
     seconds = {name: model(shape, device) for name, model in modelled.items()}
     if not training:
         seconds["decode"] = decode_seconds(shape, device, looked_up=looked_up)

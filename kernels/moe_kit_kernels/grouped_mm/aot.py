@@ -44,6 +44,9 @@ def variants(arch: str) -> list[Variant]:
     for rows in (16, 64, 128):
         for rank in (8, 16, 64):
             found.append(_product(f"down-{rank}-{rows}", arch, rows, 4096, rank, gated=False, scatter=True))
+    for rank in (32, 64):
+        # few experts of many rows
+        found.append(_product(f"down-{rank}-256", arch, 256, 4096, rank, gated=False, scatter=True))
     for rank in (16, 64):
         more = {"gated": False, "scatter": True, "gather": True}
         found.append(_product(f"up-back-{rank}", arch, 128, 4096, rank, **more, transposed=True))

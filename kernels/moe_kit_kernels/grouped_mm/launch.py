@@ -21,9 +21,9 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def plan_tiles(plan: RoutePlan, *, by_token: bool = False) -> TileMap:
-    """Return the tile map of a plan for the height that its sizes ask for, ordered as `tile_map` says."""
-    return tile_map(plan, tile_height(plan.num_pairs, plan.num_experts), by_token=by_token)
+def plan_tiles(plan: RoutePlan, *, by_token: bool = False, rows: int = 0) -> TileMap:
+    """Return the tile map of a plan for a height, or for the one that its sizes ask for, ordered as `tile_map` says."""
+    return tile_map(plan, rows or tile_height(plan.num_pairs, plan.num_experts), by_token=by_token)
 
 
 def unit_stride(x: Tensor) -> Tensor:

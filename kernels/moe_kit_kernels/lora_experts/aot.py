@@ -41,6 +41,10 @@ def variants(arch: str) -> list[Variant]:
         found.append(_up(f"linear-flat-{name}", 4096, E, L, K, capability, linear=True, flat=True))
         found.append(_sorted(f"flat-{name}", 4096, E, L, K, rows=128, flat=True))
         found.append(_decode_up(f"flat-{name}", 4096, E, L, K, flat=True))
+    # banks whose dense up product has tiles of its own
+    for name, E, L in (("16x16", 16, 16), ("8x32", 8, 32), ("32x8", 32, 8)):
+        found.append(_up(f"wide-{name}", 4096, E, L, 2, capability, linear=False))
+        found.append(_up(f"wide-flat-{name}", 4096, E, L, 2, capability, linear=False, flat=True))
     # batches that do not fill a GPU with tall tiles
     found.append(_down("few-8x8", 4096, 8, 8, 2, backward=False, tokens=2048))
     found.append(_down("backward-few-64x64", 4096, 64, 64, 8, backward=True, tokens=256))
@@ -160,8 +164,10 @@ def _up(
     precision: str = "ieee",
 ) -> Variant:
     x, bank = _DTYPES[dtype]
-    BC, LP = tiles.up_columns(E, L, _SIZES[bank])
-    tile = tiles.up_tile(tokens, D, K, linear=linear, capability=capability, itemsize=_SIZES[bank])
+    columns = E * tiles.up_columns(E, L)[1]
+    more: dict[str, Any] = {"capability": capability, "itemsize": _SIZES[bank], "columns": columns}
+    tile = tiles.up_tile(tokens, D, K, linear=linear, **more)
+    BC, LP = tiles.up_columns(E, L, _SIZES[bank], tile["BM"], K)
     stride_o, stride_l = (1, D) if transposed or flat else (L, 1)
     stride_wo, stride_wd = (1, D) if transposed else (D, 1)
     return Variant(

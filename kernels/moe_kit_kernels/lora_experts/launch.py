@@ -151,13 +151,14 @@ def up_dense(
         return y_TO
     # the wider of the operands decides: adapters in float32 on a bfloat16 base multiply in float32
     size = max(B_EOL.element_size(), linear[1].element_size() if linear is not None else 0)
-    BC, LP = sizes.up_columns(E, L, size)
-    options = {"linear": linear is not None, "capability": capability(H_PL.device), "itemsize": size}
+    LP = sizes.up_columns(E, L)[1]
+    options = {"linear": linear is not None, "capability": capability(H_PL.device), "itemsize": size, "columns": E * LP}
     default = sizes.up_tile(T, O, K, **options)
     more = {"width_in": E * L, "width_out": O, "rank": L, "itemsize": size}
     kernel = "lora_up_dense" if linear is None else "lora_linear"
     tile = sizes.tuned(kernel, H_PL.device, default, rows=default["BM"], **more)
     BM, BN, BK = tile["BM"], tile["BN"], tile["BK"]
+    BC, LP = sizes.up_columns(E, L, size, BM, K)
     x_TD, W_OD, bias_O = linear if linear is not None else (H_PL, B_EOL[0], None)
     x_TD = _rows(x_TD)
     base_TO = None if base_TO is None else _rows(base_TO)

@@ -13,10 +13,13 @@ import torch
 
 from moe_kit_kernels import tuning
 from moe_kit_kernels.grouped_mm.sizes import next_power_of_2
+from moe_kit_kernels.route_plan import tile_height
 
 L2_BYTES = 16 << 20
 """Bytes that the sorted order may keep in L2 of something it comes back to: with as much of the base passing by, an A100's
 40 MB still hold it."""
+WIDE_BANK = 256
+"""Columns E * LP from which the dense up kernel is bound by what L2 moves of B."""
 # programs that fill the GPUs of interest once
 _FILLS = 128
 
@@ -60,12 +63,20 @@ def down_tile(num_tokens: int, num_experts: int, rank: int, itemsize: int = 2) -
 
 
 def up_tile(
-    num_tokens: int, width: int, slots: int, *, linear: bool, capability: int, itemsize: int = 2
+    num_tokens: int,
+    width: int,
+    slots: int,
+    *,
+    linear: bool,
+    capability: int,
+    itemsize: int = 2,
+    columns: int = 0,
 ) -> dict[str, int]:
     """Choose the tile of the dense up kernel.
 
     A taller tile reads B fewer times from L2. Its registers hold it for two slots, with the base product inside only where
-    accumulators live outside of them: in the tensor memory of compute capability 10 and 11, which 12 does not have.
+    accumulators live outside of them: in the tensor memory of compute capability 10 and 11, which 12 does not have. A bank of many
+    columns, whose B is what L2 moves most, gets the tallest tile on capability 9, where L2 and not memory is the limit then.
 
     Args:
         num_tokens: T.
@@ -74,6 +85,7 @@ def up_tile(
         linear: The base product is inside.
         capability: Compute capability times ten.
         itemsize: Bytes an element of the wider operand.
+        columns: E * LP of the bank.
 
     Returns:
         BM, BN, BK, num_warps, num_stages.
@@ -84,6 +96,8 @@ def up_tile(
     # rows that are not 16-byte aligned keep one address an element in registers
     filled = width % 16 == 0 and -(-num_tokens // 128) * -(-width // 128) >= _FILLS
     tall = roomy if linear else filled and (roomy or slots <= 2)
+    if tall and not linear and 90 <= capability < 100 and columns >= WIDE_BANK and num_tokens >= 256:
+        return {"BM": 256, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3}
     return {"BM": 128 if tall else 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
 
 
@@ -104,6 +118,25 @@ def sorted_tile(rows: int, rank: int, itemsize: int = 2) -> dict[str, int]:
     wide = BL >= 32
     warps = 8 if rows >= 64 else 4 if wide else 2
     return {"BN": 128 if wide else 64, "BL": BL, "num_warps": warps, "num_stages": 2}
+
+
+def down_rows(num_pairs: int, num_experts: int, rank: int, itemsize: int = 2) -> int:
+    """Choose the tile height of the sorted down product.
+
+    A tile reads all of its expert's A, which is rank / height of what it reads of x. Where that is much, and an expert has rows
+    for many tiles, they are twice as tall as elsewhere; a narrow result leaves the registers for it.
+
+    Args:
+        num_pairs: P.
+        num_experts: E.
+        rank: L.
+        itemsize: Bytes an element of the wider operand.
+
+    Returns:
+        16 to 256.
+    """
+    tall = 32 <= next_power_of_2(rank) <= 64 and num_pairs >= 4096 * num_experts and itemsize == 2
+    return 256 if tall else tile_height(num_pairs, num_experts)
 
 
 def by_token(num_experts: int, rank: int, width: int, itemsize: int) -> bool:
@@ -135,21 +168,28 @@ def group_columns(num_tokens: int, itemsize: int, BN: int) -> int:
     return max(BN, L2_BYTES // (max(1, num_tokens) * itemsize) // BN * BN)
 
 
-def up_columns(num_experts: int, rank: int, itemsize: int = 2) -> tuple[int, int]:
+def up_columns(num_experts: int, rank: int, itemsize: int = 2, rows: int = 128, slots: int = 1) -> tuple[int, int]:
     """Size the column block of the dense up kernel, which may cut an expert.
 
     Args:
         num_experts: E.
         rank: L.
         itemsize: Bytes an element of the wider operand.
+        rows: BM.
+        slots: K, whose ids and weights stay in registers.
 
     Returns:
-        BC, 16 to 64 (narrow ranks keep more pointers alive and get 32), and LP.
+        BC, 16 to 64, and LP. Narrow ranks keep more pointers alive, taller tiles more rows, and many slots more ids: they get fewer
+        columns, and so does a low tile of narrow ranks, for which compilers leave fewer registers.
     """
     LP = next_power_of_2(rank)
     if itemsize > 2:
         return 16, LP
-    return min(32 if LP < 32 else 64, max(16, next_power_of_2(num_experts) * LP)), LP
+    if LP < 16:
+        most = 32 if rows == 128 else 16
+    else:
+        most = 64 if LP >= 32 and rows <= 128 and slots <= 4 else 32
+    return min(most, max(16, next_power_of_2(num_experts) * LP)), LP
 
 
 def rank_block(rank: int) -> int:

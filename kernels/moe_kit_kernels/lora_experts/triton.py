@@ -150,6 +150,16 @@ def lora_up_dense_kernel(
             acc, x_ptr + rows * stride_xt, w_ptr + cols.to(tl.int64) * stride_wo, mask_m, mask_n, D,
             1, stride_wd, EVEN_D, PRECISION, BK,
         )  # fmt: skip
+    # ids and weights of the rows, once for all blocks of columns
+    experts = ()
+    factors = ()
+    for k in tl.static_range(K):
+        expert = tl.load(ids_ptr + rows * K + k, mask=mask_m, other=-1).to(tl.int32)
+        experts = experts + (expert,)  # noqa: RUF005 (Triton joins tuples by +)
+        if WEIGHTS:
+            # a dropped pair's weight counts nowhere, and may be NaN
+            weight = tl.load(weights_ptr + rows * K + k, mask=mask_m & (expert < E), other=0.0)
+            factors = factors + (scale * weight,)  # noqa: RUF005
     # no pipeline here: staging the gathered slices of H would cost more shared memory than the tile itself
     for block in tl.range(0, tl.cdiv(E * LP, BC), num_stages=1):
         c = block * BC + tl.arange(0, BC)
@@ -158,13 +168,10 @@ def lora_up_dense_kernel(
         mask_c = (e < E) & (l < L)
         gated = tl.zeros((BM, BC), dtype=tl.float32)
         for k in tl.static_range(K):
-            pair = rows * K + k
-            expert = tl.load(ids_ptr + pair, mask=mask_m, other=-1)
-            hit = (expert[:, None] == e[None, :]) & mask_c[None, :] & mask_m[:, None]
-            h = tl.load(h_ptr + pair[:, None] * L + l[None, :], mask=hit, other=0.0).to(tl.float32)
+            hit = (experts[k][:, None] == e[None, :]) & mask_c[None, :] & mask_m[:, None]
+            h = tl.load(h_ptr + (rows * K + k)[:, None] * L + l[None, :], mask=hit, other=0.0).to(tl.float32)
             if WEIGHTS:
-                # a dropped pair's weight counts nowhere, and may be NaN
-                h = h * (scale * tl.load(weights_ptr + pair, mask=mask_m & (expert < E), other=0.0))[:, None]
+                h = h * factors[k][:, None]
             gated += h
         b = tl.load(
             b_ptr

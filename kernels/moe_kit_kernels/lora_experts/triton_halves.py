@@ -18,7 +18,7 @@ from moe_kit_kernels.cost_model import LoraShape, choose_lora, device_of
 from moe_kit_kernels.grouped_mm.launch import plan_tiles, product
 from moe_kit_kernels.grouped_mm.launch_sums import gram
 from moe_kit_kernels.lora_experts import launch
-from moe_kit_kernels.lora_experts.tiles import by_token
+from moe_kit_kernels.lora_experts.tiles import by_token, down_rows
 from moe_kit_kernels.route_plan import RoutePlan
 
 # widest sum of ranks that one launch of the dense down kernel keeps in registers
@@ -54,7 +54,8 @@ def choose(plan: RoutePlan, rank: int, d_in: int, d_out: int, itemsize: int, dev
 def _sorted_down(x_TD: Tensor, A_ELD: Tensor, plan: RoutePlan) -> Tensor:
     """[P, L] in the given order, by segments of the sorted order."""
     (E, L, D), dtype = A_ELD.shape, torch.promote_types(x_TD.dtype, A_ELD.dtype)
-    tiles = plan_tiles(plan, by_token=by_token(E, L, D, dtype.itemsize))
+    rows = down_rows(plan.num_pairs, E, L, dtype.itemsize)
+    tiles = plan_tiles(plan, by_token=by_token(E, L, D, dtype.itemsize), rows=rows)
     # rows of dropped pairs are written as zeros
     return product(x_TD.to(dtype), A_ELD.to(dtype), plan, tiles, gather=True, scatter=True)[0]
 

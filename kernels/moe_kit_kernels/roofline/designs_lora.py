@@ -33,7 +33,7 @@ def _pair(
 
 @lru_cache(maxsize=8)
 def _down_sorted(T: int, K: int, E: int, L: int, D: int, device: Device, by_token: bool) -> Cost:
-    return product(device, routed(T, K, E).tokens, D, L, tile_height(T * K, E), by_token=by_token)
+    return product(device, routed(T, K, E).tokens, D, L, tiles.down_rows(T * K, E, L), by_token=by_token)
 
 
 def _up_sorted(T: int, K: int, E: int, L: int, O: int, device: Device, *, weighed: bool, base: bool) -> Cost:
@@ -50,8 +50,9 @@ def _down(T: int, K: int, E: int, L: int, D: int, device: Device, backward: bool
 
 
 def _up(T: int, K: int, E: int, L: int, O: int, device: Device, *, weighed: bool, base: bool, linear: int = 0) -> Cost:
-    BC, LP = tiles.up_columns(E, L)
-    tile = tiles.up_tile(T, O, K, linear=linear > 0, capability=CAPABILITY[device.name])
+    columns = E * tiles.up_columns(E, L)[1]
+    tile = tiles.up_tile(T, O, K, linear=linear > 0, capability=CAPABILITY[device.name], columns=columns)
+    BC, LP = tiles.up_columns(E, L, rows=tile["BM"], slots=K)
     more = {"BM": tile["BM"], "BN": tile["BN"], "BC": BC, "LP": LP, "slots": K, "linear": linear}
     return up_dense_cost(T, T * K, O, E, L, **more, weighed=weighed, base=base, cache=device.cache)
 

@@ -110,7 +110,7 @@ def up_dense_cost(
             lru.read(("b", column), E * L * width * itemsize)
             l2 += (P / T * rows * L + E * L * width + rows * width * (1 + base)) * itemsize
             if weighed:
-                l2 += rows * slots * steps * 4
+                l2 += rows * slots * 4
             if linear:
                 lru.read(("x", tile), rows * linear * itemsize)
                 lru.read(("w", column), width * linear * itemsize)

@@ -114,7 +114,7 @@ def measure_lora(
 
     for kernel, linear in (("lora_up_dense", None), ("lora_linear", (x_TD, W_OD, None))):
         capability = lora_launch.capability(device)
-        options = {"linear": linear is not None, "capability": capability, "itemsize": size}
+        options = {"linear": linear is not None, "capability": capability, "itemsize": size, "columns": experts * LP}
         up = lora_tiles.up_tile(tokens, hidden, top_k, **options)
         base = {"base_TO": base_TO} if linear is None else {"linear": linear}
         run = _timed(lambda base=base: lora_launch.up_dense(H_PL, B_EOL, plan, dtype, **gates, **base))

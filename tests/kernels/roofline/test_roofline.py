@@ -119,20 +119,17 @@ def test_gating_moves_about_the_minimum(backward):
         assert plain > 1.5 * ours
 
 
-# on an H100, 16 x 16 takes 1.05x the pair's modelled time (165 us against 158) and 8 x 32 1.10x: 128 x 128 tiles are bound
-# by L2, and taller ones spill
-BEHIND = {(H100, 16, 16): 1.05, (H100, 8, 32): 1.11}
-
-
 @pytest.mark.parametrize("device", [H100, A100])
-@pytest.mark.parametrize(("E", "L"), [(8, 8), (8, 16), (16, 16), (8, 32), (8, 64), (32, 16), (64, 8)])
+@pytest.mark.parametrize(
+    ("E", "L"), [(8, 8), (8, 16), (16, 16), (8, 32), (32, 8), (8, 64), (16, 32), (32, 16), (64, 8)]
+)
 def test_what_auto_runs_moves_the_minimum_and_beats_the_masked_pair(device, E, L):
     designs = lora_designs(16384, 2, E, L, 4096, 4096, device=device)
     auto = next(name for name in designs if name.startswith("moe_kit ("))
     least, ours = (sum(k.hbm_bytes for k in designs[name]) for name in ("minimum", auto))
     assert ours <= 1.25 * least
     modelled = times(designs, device)
-    assert modelled[auto] <= BEHIND.get((device, E, L), 1.0) * modelled["masked GEMM pair"]
+    assert modelled[auto] <= modelled["masked GEMM pair"]
     # what the cost model took is the best that we have, within what its sizes can tell
     assert modelled[auto] <= 1.05 * min(modelled[f"moe_kit {how}"] for how in ("dense", "mixed", "sorted"))
 
