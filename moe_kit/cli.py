@@ -22,7 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("moe_kit.commands.inspect", "what is adapted: modules, parameters, FLOPs, routers and their sharing"),
     "presets": ("moe_kit.commands.presets", "the routed methods, one line and a source each"),
     "search-layers": ("moe_kit.commands.search_layers", "search routes through the layers: the labels of dr_llm"),
-    "kernels": ("moe_kit.commands.kernels", "`kernels check`: compile every GPU kernel ahead of time, no GPU needed"),
+    "kernels": (
+        "moe_kit.commands.kernels",
+        "`kernels check`: compile every GPU kernel ahead of time; `kernels native`: compile the CPU's code",
+    ),
 }
 
 _EXAMPLES = """\

@@ -1,4 +1,4 @@
-"""`moe-kit kernels check --arch sm_80 sm_90 sm_100 --json FILE --keep DIR`: compile every kernel ahead of time."""
+"""`moe-kit kernels check`: compile every GPU kernel ahead of time; `moe-kit kernels native`: the CPU's compiled code."""
 
 from __future__ import annotations
 
@@ -6,24 +6,48 @@ from moe_kit.errors import ConfigError
 
 __all__ = ["main"]
 
+_HELP = """\
+usage: moe-kit kernels check [options]    compile every GPU kernel ahead of time (check --help explains the options)
+       moe-kit kernels native             compile the CPU's C++ if that was not done yet; says why where it cannot be
+"""
+
 
 def main(arguments: list[str]) -> int:
-    """Hand the words on to the check of the kernel package.
+    """Run one of the two commands of the kernel package.
 
     Args:
-        arguments: Words after `moe-kit kernels`; the first is `check`.
+        arguments: Words after `moe-kit kernels`; the first is `check` or `native`.
 
     Returns:
-        Exit status: 0 when every kernel compiled and passed, 1 otherwise.
+        Exit status: 0 when every kernel compiled and passed, or native code runs here; 1 otherwise.
 
     Raises:
-        ConfigError: The first word is not `check`.
+        ConfigError: The first word is neither, or `native` is followed by more.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: moe-kit kernels check [options] (moe-kit kernels check --help explains them)")
+        print(_HELP, end="")
         return 0
-    if arguments[0] != "check":
-        raise ConfigError(f"got {arguments[0]!r}, expected 'check'")
-    from moe_kit_kernels.aot import main as check
+    if arguments[0] == "check":
+        from moe_kit_kernels.aot import main as check
 
-    return check(arguments[1:])
+        return check(arguments[1:])
+    if arguments[0] != "native":
+        raise ConfigError(f"got {arguments[0]!r}, expected 'check' or 'native'")
+    if arguments[1:] in (["-h"], ["--help"]):
+        print(_HELP, end="")
+        return 0
+    if arguments[1:]:
+        raise ConfigError(f"got {' '.join(arguments[1:])!r} after 'native', expected nothing")
+    return _native()
+
+
+def _native() -> int:
+    """Load the native code, compiling it where that was not done yet, and print how it stands."""
+    from moe_kit_kernels.common.cache import cache_dir
+    from moe_kit_kernels.lora_experts import native
+
+    if native.available():
+        print(f"lora_experts runs compiled code on this CPU ({native.SOURCE.name}, kept in {cache_dir() / 'native'})")
+        return 0
+    print(f"lora_experts runs plain PyTorch on this CPU: {native.why_not()}")
+    return 1

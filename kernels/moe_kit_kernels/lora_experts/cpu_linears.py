@@ -1,9 +1,9 @@
-"""Frozen linears with their experts in one operator: base products here, experts in one of two forms.
+"""Frozen linears with their experts in one operator: base products here, experts in one of three forms.
 
     y_i = x W_i^T + bias_i + scale * sum_k w_k B_i,e A_i,e x        for n projections i that share x and the routing
 
-The forms have one signature: `dense` (`cpu_columns`: all experts as columns) and `sorted` (`cpu_pairs`: the chosen
-pairs). They add into y and into dx where the base products have written them.
+The forms have one signature: `dense` (`cpu_columns`: all experts as columns), `sorted` (`cpu_pairs`: the chosen pairs)
+and `native` (the same in C++). They add into y and into dx where the base products have written them.
 
 Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank, n projections.
 """
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.backward import first_order
-from moe_kit_kernels.lora_experts import cpu_columns, cpu_pairs
+from moe_kit_kernels.lora_experts import cpu_columns, cpu_pairs, native
 from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
 from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan
 from moe_kit_kernels.topk_gate.cpu import gate, gate_logits_gradient
 
-_FORMS: dict[str, Any] = {"dense": cpu_columns, "sorted": cpu_pairs}
+_FORMS: dict[str, Any] = {"dense": cpu_columns, "sorted": cpu_pairs, "native": native}
 
 
 def fits(x_TD: Tensor, weights: Tensor, bases: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
@@ -53,7 +53,7 @@ def forward(
     """Compute the n results.
 
     Args:
-        how: "dense" or "sorted".
+        how: "dense", "sorted" or "native".
         plan: the routing; None when every expert is chosen.
         scale: factor on the sums.
         x_TD: [T, D] inputs.
@@ -117,7 +117,7 @@ def gated_forward(
     """Choose and compute without a graph.
 
     Args:
-        how: "dense" or "sorted".
+        how: "dense", "sorted" or "native".
         k: K.
         scale: factor on the sums.
         x_TD: [T, D] inputs.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import fail
-from moe_kit_kernels.lora_experts import cpu, cpu_columns, cpu_linears, cpu_pairs, cpu_single, ops  # noqa: F401 (ops registers the operators)
+from moe_kit_kernels.lora_experts import cpu, cpu_columns, cpu_linears, cpu_pairs, cpu_single, native, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
 from moe_kit_kernels.lora_experts.choice import choose, chosen_form, for_kernels, of_pairs, on_kernels
 from moe_kit_kernels.lora_experts.cpu_decode import decode, decode_linears
@@ -49,7 +49,7 @@ def run_experts(
 
     Args:
         operator: public name, for messages.
-        backend: "auto", "dense", "sorted", "decode", "triton" or "reference".
+        backend: "auto", "native", "dense", "sorted", "decode", "triton" or "reference".
         decision: the routing.
         scale: factor on the sum.
         x_TD: [T, D] inputs.
@@ -75,13 +75,20 @@ def run_experts(
     everyone = decision.ids_TK is None and decision.plan is None
     if torch.compiler.is_compiling() and backend != "reference":
         return _traced(operator, backend, decision, scale, x_TD, base_TO, A_ELD, B_EOL)
-    if backend == "auto":
+    dtype = autocast_dtype(x_TD.device)
+    if backend == "native":
+        native.check(operator, L, x_TD, A_ELD, B_EOL, weights, base_TO)
+    elif backend == "auto":
+        compiled = dtype is None and not uses_triton(x_TD.device)
+        compiled = compiled and native.serves(L, x_TD, A_ELD, B_EOL, weights, base_TO)
         sizes = (T, weights.numel(), E, L, D, O, x_TD.element_size())
-        backend = "dense" if everyone else choose(*sizes, training or of_pairs(decision), x_TD.device, False)
+        no_decode = training or of_pairs(decision)
+        backend = "dense" if everyone else choose(*sizes, no_decode, x_TD.device, False, compiled)
+    if backend == "native":
+        return _native(operator, decision, scale, x_TD, base_TO, A_ELD, B_EOL, training, overwrite_base)
     if backend == "decode" and training:
         raise fail(operator, "backend", "'decode' with gradients on", "no gradient", 'Use "auto", or torch.no_grad()')
 
-    dtype = autocast_dtype(x_TD.device)
     if dtype is not None and backend != "reference":
         x_TD, A_ELD, B_EOL = cast_all([x_TD, A_ELD, B_EOL], dtype)
         backend = "triton" if insisted else backend
@@ -140,9 +147,35 @@ def _dense(
             return cpu_columns.add_table(gates_TE, scale, x_TD, base_TO, A_ELD, B_EOL, owned=overwrite_base)
     plan = resolve_plan(operator, T, E, decision)
     if training:
-        return cpu_single.DenseLora.apply(plan, scale, overwrite_base, x_TD, decision.weights, base_TO, A_ELD, B_EOL)
+        call = ("dense", plan, scale, overwrite_base)
+        return cpu_single.SingleLora.apply(*call, x_TD, decision.weights, base_TO, A_ELD, B_EOL)
     one = (base_TO,), (A_ELD,), (B_EOL,)
     return cpu_columns.add(plan, scale, x_TD, decision.weights, *one, keep=False, owned=overwrite_base)[0][0]
+
+
+def _native(
+    operator: str,
+    decision: Decision,
+    scale: float,
+    x_TD: Tensor,
+    base_TO: Tensor | None,
+    A_ELD: Tensor,
+    B_EOL: Tensor,
+    training: bool,
+    overwrite_base: bool,
+) -> Tensor:
+    """The chosen pairs by compiled code, as one autograd function where there are gradients."""
+    T, E, weights = x_TD.shape[0], A_ELD.shape[0], decision.weights
+    ids_TK = decision.ids_TK
+    if not training and decision.plan is None and ids_TK is not None and native.is_few(ids_TK):
+        check_decision(operator, T, E, decision)
+        return native.add_table(operator, ids_TK, scale, x_TD, weights, base_TO, A_ELD, B_EOL, owned=overwrite_base)
+    plan = resolve_plan(operator, T, E, decision) or all_experts_plan(T, E, x_TD.device)
+    if training:
+        call = ("native", plan, scale, overwrite_base)
+        return cpu_single.SingleLora.apply(*call, x_TD, weights, base_TO, A_ELD, B_EOL)
+    one = (base_TO,), (A_ELD,), (B_EOL,)
+    return native.add(plan, scale, x_TD, weights, *one, keep=False, owned=overwrite_base)[0][0]
 
 
 def _traced(
@@ -184,7 +217,7 @@ def run_linears(
 
     Args:
         operator: public name, for messages.
-        backend: "auto", "dense", "sorted", "decode", "triton" or "reference".
+        backend: "auto", "native", "dense", "sorted", "decode", "triton" or "reference".
         decision: the routing.
         scale: factor on the adapters' sums.
         x_TD: [T, D] inputs.
@@ -212,18 +245,24 @@ def run_linears(
             _traced(operator, backend, decision, scale, x_TD, base_TO, a, b)
             for base_TO, a, b in zip(bases, A, B, strict=True)
         )
-    if backend == "auto":
-        rank, width = max(a.shape[1] for a in A), sum(w.shape[0] for w in weights_OD)
+    rank, width = max(a.shape[1] for a in A), sum(w.shape[0] for w in weights_OD)
+    dtype = autocast_dtype(x_TD.device)
+    if backend == "native":
+        native.check(operator, rank, x_TD, decision.weights, *weights_OD, *A, *B)
+    elif backend == "auto":
+        compiled = dtype is None and not uses_triton(x_TD.device)
+        compiled = compiled and native.serves(rank, x_TD, decision.weights, *weights_OD, *A, *B)
         forward_only = not torch.is_grad_enabled() and not of_pairs(decision)
         sizes = (T, decision.weights.numel(), E, rank, D, width, x_TD.element_size())
-        backend = "dense" if everyone else choose(*sizes, not forward_only, x_TD.device)
+        backend = "dense" if everyone else choose(*sizes, not forward_only, x_TD.device, native=compiled)
+    if backend == "native":
+        return _native_linears(operator, decision, scale, x_TD, weights_OD, biases_O, A, B)
     if backend == "decode" and decision.ids_TK is not None and not compiling:
         plain = not torch.is_grad_enabled() and not uses_triton(x_TD.device) and autocast_dtype(x_TD.device) is None
         if plain and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
             check_decision(operator, T, E, decision)
             ids, weights = decision.ids_TK.tolist(), decision.weights.tolist()
             return tuple(decode_linears(x_TD, weights_OD, biases_O, A, B, ids, weights, scale))
-    dtype = autocast_dtype(x_TD.device)
     here = dtype is None and backend in ("dense", "sorted") and not uses_triton(x_TD.device)
     if here and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
         tensors = [*weights_OD, *biases_O, *A, *B]
@@ -273,6 +312,32 @@ def run_linears(
     return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)
 
 
+def _native_linears(
+    operator: str,
+    decision: Decision,
+    scale: float,
+    x_TD: Tensor,
+    weights_OD: Sequence[Tensor],
+    biases_O: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """n linear layers with their experts by compiled code."""
+    T, E, weights, ids_TK = x_TD.shape[0], A[0].shape[0], decision.weights, decision.ids_TK
+    graph = torch.is_grad_enabled()
+    if not graph and decision.plan is None and ids_TK is not None and native.is_few(ids_TK):
+        check_decision(operator, T, E, decision)
+        parts = zip(weights_OD, biases_O, A, B, strict=True)
+        call = (operator, ids_TK, scale, x_TD, weights)
+        linear = torch.nn.functional.linear
+        return tuple(native.add_table(*call, linear(x_TD, w, bias), a, b, owned=True) for w, bias, a, b in parts)
+    plan = resolve_plan(operator, T, E, decision) or all_experts_plan(T, E, x_TD.device)
+    tensors = [*weights_OD, *biases_O, *A, *B]
+    if graph:
+        return cpu_linears.RoutedLinears.apply("native", plan, scale, x_TD, weights, *tensors)
+    return tuple(cpu_linears.forward("native", plan, scale, x_TD, weights, tensors, False)[0])
+
+
 def run_gated_linears(
     k: int,
     scale: float,
@@ -308,8 +373,13 @@ def run_gated_linears(
     if not cpu_linears.fits(x_TD, router_ED, weights_OD, A, B) or k > E:
         return None
     training = torch.is_grad_enabled()
-    how = chosen_form(x_TD, T * k, E, A[0].shape[1], width, training=training)
-    if how == "decode" or (how == "sorted" and not cpu_pairs.fits(x_TD, weights_OD, A)):
+    sizes = (T * k, E, A[0].shape[1], width)
+    how = chosen_form(x_TD, *sizes, training=training)
+    if how == "decode":
+        return None
+    if native.serves(A[0].shape[1], x_TD, router_ED, *weights_OD, *A, *B):
+        how = chosen_form(x_TD, *sizes, training=training, native=True)
+    if how == "sorted" and not cpu_pairs.fits(x_TD, weights_OD, A):
         return None
     tensors = (*weights_OD, *biases_O, *A, *B)
     if not training:

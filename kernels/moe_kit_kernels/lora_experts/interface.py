@@ -19,7 +19,7 @@ from moe_kit_kernels.lora_experts.dispatch import run_experts
 from moe_kit_kernels.lora_experts.reference import lora_down_reference, lora_up_reference
 from moe_kit_kernels.route_plan import RoutePlan, check_plan_device
 
-BACKENDS = ("auto", "dense", "sorted", "decode", "triton", "reference")
+BACKENDS = ("auto", "native", "dense", "sorted", "decode", "triton", "reference")
 HALF_BACKENDS = ("auto", "dense", "triton", "reference")
 
 
@@ -99,16 +99,16 @@ def lora_experts(
         base_TO: [T, O] result of the frozen layer; None adds nothing.
         overwrite_base: allow writing the result over `base_TO`, which saves a pass over [T, O]. Only for a fresh
             tensor whose value nobody else reads, also not its own backward.
-        backend: "dense" computes all experts by two GEMMs and masks; "sorted" computes the chosen ones; "decode" is
-            for a few tokens without gradients; "triton" insists on the GPU kernels; "reference" is the plain definition;
-            "auto" asks the cost model, takes Triton on a GPU and never fails.
+        backend: "dense" computes all experts by two GEMMs and masks; "sorted" computes the chosen ones; "native" does so in
+            compiled code (float32 on the CPU); "decode" is for a few tokens without gradients; "triton" insists on the GPU
+            kernels; "reference" is the plain definition; "auto" asks the cost model, takes Triton on a GPU and never fails.
 
     Returns:
         [T, O] in the dtype of the base, else of x.
 
     Raises:
         KernelError: shapes, dtypes, devices or ids that do not fit, an unknown backend, decode with gradients, or
-            Triton where it cannot run.
+            Triton or native code where it cannot run.
 
     Source: the module's equation; the gate's gradient is taken in rank space, so nothing of size P*O is kept.
     """

@@ -16,10 +16,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_kit_kernels.common.autocast import no_autocast
 from moe_kit_kernels.cost_model import CPU, LoraShape, choose_lora
+from moe_kit_kernels.lora_experts import native
 from moe_kit_kernels.lora_experts.autograd import Group, dense_backward, dense_forward
 from moe_kit_kernels.lora_experts.choice import on_kernels
 from moe_kit_kernels.lora_experts.cpu_sorted import sorted_backward, sorted_forward
 from moe_kit_kernels.lora_experts.decision import Decision
+from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan, route_plan, route_plan_pairs
 
 
@@ -29,15 +31,22 @@ def _plan(ids: Tensor | None, token_P: Tensor | None, T: int, E: int) -> RoutePl
     return route_plan(ids, E) if token_P is None else route_plan_pairs(token_P, ids, T, E)
 
 
-def _implementation(backend: str, ids: Tensor | None, x_TD: Tensor, B_EOL: Tensor, pairs: int) -> str:
+def _implementation(
+    backend: str, ids: Tensor | None, x_TD: Tensor, A_ELD: Tensor, B_EOL: Tensor, weights: Tensor, y_TO: Tensor | None
+) -> str:
+    """The form of a call; the forward and its backward must find the same. `y_TO`: base, or the gradient of the result."""
     E, O, L = B_EOL.shape
     if ids is None or backend == "dense" or x_TD.device.type != "cpu":
         return "dense"
-    if backend == "sorted":
-        return "sorted"
+    tensors = (x_TD, A_ELD, B_EOL, weights, y_TO)
+    if backend == "native":
+        native.check("lora_experts", L, *tensors)
+    if backend in ("native", "sorted"):
+        return backend
     T, D = x_TD.shape
-    shape = LoraShape(tokens=T, pairs=pairs, experts=E, rank=L, d_in=D, d_out=O, itemsize=x_TD.element_size())
-    return choose_lora(shape, CPU, training=True)
+    pairs, size = weights.numel(), x_TD.element_size()
+    shape = LoraShape(tokens=T, pairs=pairs, experts=E, rank=L, d_in=D, d_out=O, itemsize=size)
+    return choose_lora(shape, CPU, training=True, native=native.takes(L, *tensors))
 
 
 def _order(backend: str, plan: RoutePlan | None, x_TD: Tensor, B_EOL: Tensor) -> str | None:
@@ -92,9 +101,14 @@ def lora_experts_op(
             dtype = (x_TD if base_TO is None else base_TO).dtype
             more = {"weights": weights.float(), "scale": scale, "base_TO": base_TO}
             return triton_halves.up(how, H_PL, B_EOL, plan, dtype, **more), H_PL
-        if _implementation(backend, ids, x_TD, B_EOL, weights.numel()) == "sorted":
+        form = _implementation(backend, ids, x_TD, A_ELD, B_EOL, weights, base_TO)
+        if form == "sorted":
             assert plan is not None
             return sorted_forward(plan, scale, False, x_TD, weights, base_TO, A_ELD, B_EOL)
+        if form == "native":
+            one = (base_TO,), (A_ELD,), (B_EOL,)
+            (y_TO,), (H_PL,) = native.add(plan, scale, x_TD, weights, *one, keep=True, owned=False)
+            return y_TO, H_PL
         group = Group(plan, scale, 1, linear=False)
         (y_TO,), (H_PL,) = dense_forward(group, x_TD, weights, (base_TO, None, A_ELD, B_EOL), keep=True)
         return y_TO, H_PL.reshape(weights.numel(), L)
@@ -163,7 +177,11 @@ def lora_experts_backward_op(
         if dH is not None:
             dx, (dA,) = triton_halves.down_backward(how, [dH], x_TD, [A_ELD], plan, need_x, [need_A])
         dweights = None if dweights is None else dweights.to(weights.dtype)
-    elif _implementation(backend, ids, x_TD, B_EOL, weights.numel()) == "sorted":
+    elif (form := _implementation(backend, ids, x_TD, A_ELD, B_EOL, weights, dy_TO)) == "native":
+        which = Needs(need_x, need_weights, (need_A,), (need_B,))
+        one = (H_PL,), (A_ELD,), (B_EOL,), (dy_TO,)
+        dx, dweights, (dA,), (dB,) = native.gradients(plan, scale, which, x_TD, weights, *one, None)
+    elif form == "sorted":
         assert plan is not None
         wanted = (need_x, need_weights, need_A, need_B)
         dx, dweights, dA, dB = sorted_backward(plan, scale, x_TD, weights, A_ELD, B_EOL, H_PL, dy_TO, wanted)

@@ -1,0 +1,142 @@
+"""C++ of this package, compiled by the system's compiler on first use and kept in the user's cache, as Triton keeps its kernels.
+
+There is no build step at installation and no compiled wheel: the machine that runs the code compiles it for its own
+processor, in about three seconds. Where that cannot be done (no compiler, another system than Linux, a second OpenMP
+runtime that would fight with PyTorch's) plain PyTorch serves, and `Native.why_not` says why.
+
+`MOE_KIT_NATIVE=0` in the environment switches native code off.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cached_property
+from pathlib import Path
+
+from moe_kit_kernels.common.cache import cache_dir
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "MOE_KIT_NATIVE"
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_TIMEOUT_S = 300
+
+
+class Native:
+    """One source file as a library.
+
+    Args:
+        source: the C++ file; its functions are `extern "C"`.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    @cached_property
+    def _found(self) -> tuple[ctypes.CDLL | None, str]:
+        try:
+            return _load(self.source), ""
+        except _Unavailable as error:
+            return None, str(error)
+
+    @property
+    def library(self) -> ctypes.CDLL | None:
+        """The loaded library, compiled by the first process that asks; None where it cannot be."""
+        return self._found[0]
+
+    @property
+    def why_not(self) -> str:
+        """Why there is no library; empty when there is one."""
+        return self._found[1]
+
+
+class _Unavailable(Exception):
+    """Native code cannot run here, and the message says why."""
+
+
+def _load(source: Path) -> ctypes.CDLL:
+    if os.environ.get(SWITCH, "1") == "0":
+        raise _Unavailable(f"{SWITCH}=0 switches native code off")
+    if platform.system() != "Linux":
+        raise _Unavailable(f"native code is compiled on Linux only, and this is {platform.system()}")
+    compiler = _compiler()
+    binary = _folder() / f"{source.stem}-{_key(source, compiler)}.so"
+    if not binary.is_file():
+        _compile(compiler, source, binary)
+    before = _openmp_runtimes()
+    try:
+        library = ctypes.CDLL(str(binary))
+    except OSError as error:
+        raise _Unavailable(f"{binary} does not load: {error}") from error
+    if before and _openmp_runtimes() != before:
+        # two pools of threads would wait for each other's processors
+        more = ", ".join(sorted(_openmp_runtimes() - before))
+        raise _Unavailable(f"{compiler} brings a second OpenMP runtime ({more}) beside PyTorch's; set CXX to g++")
+    return library
+
+
+def _compiler() -> str:
+    """Path of the C++ compiler: `$CXX`, else g++, else c++."""
+    for name in (os.environ.get("CXX", ""), "g++", "c++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise _Unavailable("no C++ compiler was found: install g++, or point CXX to one")
+
+
+def _folder() -> Path:
+    """The cache's folder for libraries, which nobody else may write to: what lies there is executed."""
+    folder = cache_dir() / "native"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+    except OSError as error:
+        raise _Unavailable(f"the cache folder {folder} cannot be made: {error.strerror}") from error
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise _Unavailable(f"others may write to {folder}: chmod go-w it, or set MOE_KIT_CACHE to another folder")
+    return folder
+
+
+def _key(source: Path, compiler: str) -> str:
+    """Name what a library depends on: source, flags, compiler and processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    wanted = ("flags", "Features", "model name", "CPU part")
+    processor = sorted({line for line in lines if line.startswith(wanted)})
+    binary = Path(compiler).stat()
+    parts = (*FLAGS, platform.machine(), *processor, compiler, str(binary.st_size), str(binary.st_mtime_ns))
+    return hashlib.sha256(source.read_bytes() + "\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, source: Path, binary: Path) -> None:
+    """Compile beside the target and rename: another process sees all of it or nothing."""
+    logger.info("compiling %s for this processor (some seconds, kept in %s)", source.name, binary.parent)
+    with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
+        made = Path(folder) / binary.name
+        command = [compiler, *FLAGS, str(source), "-o", str(made)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise _warned(f"{compiler} did not run: {error}") from error
+        if done.returncode:
+            raise _warned(f"{' '.join(command)} failed:\n{done.stderr.strip()[-2000:]}")
+        os.replace(made, binary)
+
+
+def _warned(message: str) -> _Unavailable:
+    # a compiler that is there and fails is worth a line; plain PyTorch serves
+    logger.warning("%s (plain PyTorch runs instead; %s=0 silences this)", message, SWITCH)
+    return _Unavailable(message)
+
+
+def _openmp_runtimes() -> set[str]:
+    """Files of the OpenMP runtimes in this process."""
+    mapped = Path("/proc/self/maps").read_text()
+    return {line.split(maxsplit=5)[5] for line in mapped.splitlines() if re.search(r"/lib[gi]?omp\d?[-.]", line)}

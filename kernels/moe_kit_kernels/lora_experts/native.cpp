@@ -1,0 +1,387 @@
+// Routed LoRA experts on the CPU in float32: only chosen experts are computed, and no row of an activation is copied.
+//
+//     forward    H_p = A_e x_t                     y_t  += s_p B_e H_p             with s_p = scale * weight of pair p
+//     backward   U_p = B_e^T dy_t                  dw_p  = scale * <U_p, H_p>      dx_t += s_p A_e^T U_p
+//                dA_e = sum_p s_p U_p x_t^T        dB_e  = sum_p s_p H_p dy_t^T
+//
+// Pairs are sorted by (block of tokens, expert). A block's rows stay in a core's cache while its experts pass; four rows share
+// every load of an expert. A token lies in one block and a block on one thread, so nothing is added by two threads; the sums of
+// dA and dB are cut by expert and by columns. Every sum has one order, whatever the number of threads.
+//
+// Both products of a step are over a matrix M [L, W] of one expert with contiguous rows: A_e [L, D], or B_e^T [L, O].
+//
+// Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, W one of the widths, R rows, C columns of registers.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+#if defined(__AVX512F__)
+// 32 registers of 16 numbers
+constexpr int LANES = 16, DOT_RANKS = 4, ADD_COLUMNS = 4, SUM_RANKS = 8, SUM_COLUMNS = 3;
+#else
+// 16 registers of 8 numbers
+constexpr int LANES = 8, DOT_RANKS = 2, ADD_COLUMNS = 2, SUM_RANKS = 4, SUM_COLUMNS = 2;
+#endif
+constexpr int ROWS = 4;
+// rows of one column lie far apart, where no hardware looks ahead
+constexpr int64_t AHEAD = 8;
+constexpr int64_t MAX_RANK = 256;
+// pairs of a table that a thread sorts by insertion
+constexpr int64_t FEW_PAIRS = 128;
+constexpr int64_t TASKS_A_THREAD = 8;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+// the same at any address of a float
+typedef float Loose __attribute__((vector_size(LANES * sizeof(float)), aligned(alignof(float)), may_alias));
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
+inline void store(float* to, Vector v) { *reinterpret_cast<Loose*>(to) = v; }
+
+// a * b + c, rounded as in the loops over registers: what a column gets must not depend on which loop it falls into
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// sum of N neighbouring numbers, by halves
+template <int N>
+inline float sum_of(const float* v) {
+    if constexpr (N == 1) {
+        return *v;
+    } else {
+        typedef float Half __attribute__((vector_size(N / 2 * sizeof(float)), aligned(alignof(float)), may_alias));
+        const Half s = *reinterpret_cast<const Half*>(v) + *reinterpret_cast<const Half*>(v + N / 2);
+        float halves[N / 2];
+        std::memcpy(halves, &s, sizeof halves);
+        return sum_of<N / 2>(halves);
+    }
+}
+
+inline float sum_of(Vector v) {
+    float numbers[LANES];
+    std::memcpy(numbers, &v, sizeof numbers);
+    return sum_of<LANES>(numbers);
+}
+
+// h[r][c] = <x_r, m_c> over W
+template <int R, int C>
+inline void dots(const float* const* x, const float* m, int64_t W, float* h, int64_t L) {
+    Vector sums[R][C] = {};
+    int64_t w = 0;
+    for (; w + LANES <= W; w += LANES) {
+        Vector column[C];
+        for (int c = 0; c < C; c++) column[c] = load(m + c * W + w);
+        for (int r = 0; r < R; r++) {
+            const Vector row = load(x[r] + w);
+            for (int c = 0; c < C; c++) sums[r][c] += row * column[c];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) {
+            float sum = sum_of(sums[r][c]);
+            for (int64_t rest = w; rest < W; rest++) sum = fused(x[r][rest], m[c * W + rest], sum);
+            h[r * L + c] = sum;
+        }
+}
+
+// h [R, L] = x M^T
+template <int R>
+inline void down(const float* const* x, const float* m, int64_t W, int64_t L, float* h) {
+    int64_t l = 0;
+    for (; l + DOT_RANKS <= L; l += DOT_RANKS) dots<R, DOT_RANKS>(x, m + l * W, W, h + l, L);
+    for (; l < L; l++) dots<R, 1>(x, m + l * W, W, h + l, L);
+}
+
+template <int R, int C>
+inline void add_columns(float* const* y, int64_t w, const float* h, const float* m, int64_t W, int64_t L) {
+    Vector sums[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sums[r][c] = load(y[r] + w + c * LANES);
+    for (int64_t l = 0; l < L; l++) {
+        Vector row[C];
+        for (int c = 0; c < C; c++) row[c] = load(m + l * W + w + c * LANES);
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++) sums[r][c] += h[r * L + l] * row[c];
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(y[r] + w + c * LANES, sums[r][c]);
+}
+
+// y [R, W] += h M
+template <int R>
+inline void up(float* const* y, const float* h, const float* m, int64_t W, int64_t L) {
+    int64_t w = 0;
+    for (; w + ADD_COLUMNS * LANES <= W; w += ADD_COLUMNS * LANES) add_columns<R, ADD_COLUMNS>(y, w, h, m, W, L);
+    for (; w + LANES <= W; w += LANES) add_columns<R, 1>(y, w, h, m, W, L);
+    for (; w < W; w++)
+        for (int r = 0; r < R; r++) {
+            float sum = y[r][w];
+            for (int64_t l = 0; l < L; l++) sum = fused(h[r * L + l], m[l * W + w], sum);
+            y[r][w] = sum;
+        }
+}
+
+}  // namespace
+
+// Pairs by (block, expert); mirrored in native.py.
+struct Order {
+    const int32_t* token;  // [P] token of each sorted pair
+    const int32_t* pair;   // [P] its place in the caller's order
+    const int32_t* start;  // [blocks * E + 1] first sorted pair of each (block, expert)
+    int64_t blocks, experts, pairs;
+};
+
+namespace {
+
+struct Linear {
+    const Order& order;
+    const float *x, *A, *B, *weights;
+    float scale;
+    int64_t D, O, L;
+};
+
+template <int R>
+void forward_rows(const Linear& call, int64_t first, int64_t e, float* y, float* H) {
+    const int64_t L = call.L;
+    const float* rows[R];
+    float* results[R];
+    float h[R * MAX_RANK];
+    for (int r = 0; r < R; r++) {
+        const int64_t t = call.order.token[first + r];
+        rows[r] = call.x + t * call.D;
+        results[r] = y + t * call.O;
+    }
+    down<R>(rows, call.A + e * L * call.D, call.D, L, h);
+    for (int r = 0; r < R; r++) {
+        const int64_t p = call.order.pair[first + r];
+        if (H) std::memcpy(H + p * L, h + r * L, L * sizeof(float));
+        for (int64_t l = 0; l < L; l++) h[r * L + l] *= call.scale * call.weights[p];
+    }
+    up<R>(results, h, call.B + e * L * call.O, call.O, L);
+}
+
+// G [P, L] = s H and dH [P, L] = s U, both in sorted order; null where nobody reads them
+struct Gradients {
+    const float *H, *dy;
+    float *dx, *dweights, *G, *dH;
+    bool add_weights;
+};
+
+template <int R>
+void backward_rows(const Linear& call, const Gradients& to, int64_t first, int64_t e) {
+    const int64_t L = call.L;
+    const float* rows[R];
+    float* inputs[R];
+    float u[R * MAX_RANK];
+    const bool need_U = to.dweights || to.dH;
+    for (int r = 0; r < R; r++) {
+        const int64_t t = call.order.token[first + r];
+        rows[r] = to.dy + t * call.O;
+        inputs[r] = to.dx + (to.dx ? t * call.D : 0);
+    }
+    if (need_U) down<R>(rows, call.B + e * L * call.O, call.O, L, u);
+    for (int r = 0; r < R; r++) {
+        const int64_t p = call.order.pair[first + r];
+        const float factor = call.scale * call.weights[p];
+        const float* h = to.H + (to.H ? p * L : 0);
+        if (to.dweights) {
+            float sum = 0;
+            for (int64_t l = 0; l < L; l++) sum = fused(u[r * L + l], h[l], sum);
+            to.dweights[p] = fused(call.scale, sum, to.add_weights ? to.dweights[p] : 0);
+        }
+        if (to.G)
+            for (int64_t l = 0; l < L; l++) to.G[(first + r) * L + l] = factor * h[l];
+        if (to.dH)
+            for (int64_t l = 0; l < L; l++) to.dH[(first + r) * L + l] = u[r * L + l] * factor;
+    }
+    if (to.dx) up<R>(inputs, to.dH + first * L, call.A + e * L * call.D, call.D, L);
+}
+
+template <int R>
+using Number = std::integral_constant<int, R>;
+
+// calls rows(Number<R>, first, e) for the pairs [s, end) of one expert, up to four of different tokens at a time: the rows of y that
+// they add to must not be one row. Pairs of one expert are in the order of their tokens.
+template <class Rows>
+void each_rows(const int32_t* token, int64_t s, int64_t end, int64_t e, const Rows& rows) {
+    while (s < end) {
+        int count = 1;
+        while (count < ROWS && s + count < end && token[s + count] != token[s + count - 1]) count++;
+        switch (count) {
+            case 4: rows(Number<4>(), s, e); break;
+            case 3: rows(Number<3>(), s, e); break;
+            case 2: rows(Number<2>(), s, e); break;
+            default: rows(Number<1>(), s, e); break;
+        }
+        s += count;
+    }
+}
+
+// the same for all pairs of a block
+template <class Rows>
+void each_expert(const Order& order, int64_t block, const Rows& rows) {
+    const int32_t* start = order.start + block * order.experts;
+    for (int64_t e = 0; e < order.experts; e++) each_rows(order.token, start[e], start[e + 1], e, rows);
+}
+
+// out [R, columns] = sum over the pairs of expert e of g_p [R] times row t(p) of v [T, W]
+template <int R, int C>
+inline void sum_columns(const Order& order, int64_t e, const float* g, const float* v, int64_t W, int64_t L, float* out) {
+    Vector sums[R][C] = {};
+    const int64_t last = order.start[order.blocks * order.experts] - 1;
+    for (int64_t b = 0; b < order.blocks; b++) {
+        const int32_t* bounds = order.start + b * order.experts + e;
+        for (int64_t s = bounds[0]; s < bounds[1]; s++) {
+            const float* ahead = v + order.token[std::min(s + AHEAD, last)] * W;
+            for (int c = 0; c < C; c++) __builtin_prefetch(ahead + c * LANES);
+            Vector row[C];
+            for (int c = 0; c < C; c++) row[c] = load(v + order.token[s] * W + c * LANES);
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < C; c++) sums[r][c] += g[s * L + r] * row[c];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(out + r * W + c * LANES, sums[r][c]);
+}
+
+template <int R>
+inline void sum_ranks(const Order& order, int64_t e, const float* g, const float* v, int64_t W, int64_t L, float* out,
+                      int64_t w, int64_t end) {
+    for (; w + SUM_COLUMNS * LANES <= end; w += SUM_COLUMNS * LANES)
+        sum_columns<R, SUM_COLUMNS>(order, e, g, v + w, W, L, out + w);
+    for (; w + LANES <= end; w += LANES) sum_columns<R, 1>(order, e, g, v + w, W, L, out + w);
+    for (; w < end; w++)
+        for (int r = 0; r < R; r++) {
+            float sum = 0;
+            for (int64_t b = 0; b < order.blocks; b++) {
+                const int32_t* bounds = order.start + b * order.experts + e;
+                for (int64_t s = bounds[0]; s < bounds[1]; s++)
+                    sum = fused(g[s * L + r], v[order.token[s] * W + w], sum);
+            }
+            out[r * W + w] = sum;
+        }
+}
+
+// columns [w, end) of out_e [L, W]
+void sum_pairs(const Order& order, int64_t e, const float* g, const float* v, int64_t W, int64_t L, float* out, int64_t w,
+               int64_t end) {
+    int64_t l = 0;
+    for (; l + SUM_RANKS <= L; l += SUM_RANKS) sum_ranks<SUM_RANKS>(order, e, g + l, v, W, L, out + l * W, w, end);
+    for (; l + 2 <= L; l += 2) sum_ranks<2>(order, e, g + l, v, W, L, out + l * W, w, end);
+    for (; l < L; l++) sum_ranks<1>(order, e, g + l, v, W, L, out + l * W, w, end);
+}
+
+// columns of one of `parts` of W, in whole groups of registers
+int64_t part_width(int64_t W, int64_t parts) {
+    constexpr int64_t group = SUM_COLUMNS * LANES;
+    return ((W + parts - 1) / parts + group - 1) / group * group;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Sort P pairs by (block of `block` tokens, expert), stable; ids outside of [0, E) are left out. Returns the lowest id.
+// token_P: token of each free pair, else null and pair p belongs to token p / slots. by_token_P: free pairs in the order of
+// their tokens, else null. start has blocks * E + 2 entries, of which the last is scratch.
+int64_t moe_kit_order(const int64_t* expert_P, const int64_t* token_P, const int64_t* by_token_P, int64_t P, int64_t slots,
+                      int64_t E, int64_t block, int64_t blocks, int32_t* token, int32_t* pair, int32_t* start) {
+    std::memset(start, 0, (blocks * E + 2) * sizeof(int32_t));
+    int64_t lowest = 0;
+    // counted two places on, so that after placing every entry is where the next one began
+    for (int64_t p = 0; p < P; p++) {
+        const int64_t e = expert_P[p];
+        lowest = std::min(lowest, e);
+        if (e >= 0 && e < E) start[(token_P ? token_P[p] : p / slots) / block * E + e + 2]++;
+    }
+    for (int64_t i = 2; i < blocks * E + 2; i++) start[i] += start[i - 1];
+    for (int64_t i = 0; i < P; i++) {
+        const int64_t p = by_token_P ? by_token_P[i] : i, e = expert_P[p];
+        if (e < 0 || e >= E) continue;
+        const int64_t t = token_P ? token_P[p] : p / slots;
+        const int32_t place = start[t / block * E + e + 1]++;
+        token[place] = static_cast<int32_t>(t);
+        pair[place] = static_cast<int32_t>(p);
+    }
+    return lowest;
+}
+
+// y [T, O] += experts of x [T, D]; H [P, L] in the caller's order unless null. Rows of pairs that were left out are not written.
+void moe_kit_lora_forward(const Order* order, const float* x, const float* A, const float* B, const float* weights, float* y,
+                          float* H, float scale, int64_t D, int64_t O, int64_t L, int threads) {
+    const Linear call{*order, x, A, B, weights, scale, D, O, L};
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t block = 0; block < order->blocks; block++)
+        each_expert(*order, block, [&](auto rows, int64_t s, int64_t e) { forward_rows<rows()>(call, s, e, y, H); });
+}
+
+// Gradients that are not null: dx is added to, dweights too if `add_weights`, dA [E, L, D] and dB [E, L, O] are written, empty
+// experts as zeros. G and dH [P, L] are scratch; G is needed for dB, dH for dx and dA.
+void moe_kit_lora_backward(const Order* order, const float* x, const float* A, const float* B, const float* weights,
+                           const float* H, const float* dy, float* dx, float* dweights, float* dA, float* dB, float* G,
+                           float* dH, float scale, int64_t D, int64_t O, int64_t L, int add_weights, int threads) {
+    const Linear call{*order, x, A, B, weights, scale, D, O, L};
+    const Gradients to{H, dy, dx, dweights, G, dH, add_weights != 0};
+    const int64_t E = order->experts;
+    // as wide as the threads allow: what one task writes is one piece of memory, whose pages are often touched for the first time
+    const int64_t parts = (TASKS_A_THREAD * threads + E - 1) / E;
+    const int64_t wide_A = part_width(D, parts), wide_B = part_width(O, parts);
+    const int64_t tasks_A = dA ? (D + wide_A - 1) / wide_A : 0;
+    const int64_t tasks = tasks_A + (dB ? (O + wide_B - 1) / wide_B : 0);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < order->blocks; block++)
+            each_expert(*order, block, [&](auto rows, int64_t s, int64_t e) { backward_rows<rows()>(call, to, s, e); });
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < E * tasks; task++) {
+            const int64_t e = task / tasks, part = task % tasks;
+            if (part < tasks_A) {
+                const int64_t w = part * wide_A;
+                sum_pairs(*order, e, dH, x, D, L, dA + e * L * D, w, std::min(D, w + wide_A));
+            } else {
+                const int64_t w = (part - tasks_A) * wide_B;
+                sum_pairs(*order, e, G, dy, O, L, dB + e * L * O, w, std::min(O, w + wide_B));
+            }
+        }
+    }
+}
+
+// y [T, O] += experts of x [T, D] for a table of ids [T, slots] with few pairs: sorted here, on each thread those of its tokens.
+// Returns the lowest id; with one below -1 nothing is written.
+int64_t moe_kit_lora_table(const int64_t* ids, const float* x, const float* A, const float* B, const float* weights, float* y,
+                           float scale, int64_t T, int64_t slots, int64_t E, int64_t D, int64_t O, int64_t L, int threads) {
+    const int64_t P = T * slots;
+    int64_t lowest = P > FEW_PAIRS ? INT64_MIN : 0;
+    for (int64_t p = 0; p < P; p++) lowest = std::min(lowest, ids[p]);
+    if (lowest < -1) return lowest;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int thread = 0; thread < threads; thread++) {
+        int32_t token[FEW_PAIRS], pair[FEW_PAIRS];
+        int64_t count = 0;
+        for (int64_t p = T * thread / threads * slots; p < T * (thread + 1) / threads * slots; p++) {
+            if (ids[p] < 0 || ids[p] >= E) continue;
+            int64_t place = count++;
+            for (; place > 0 && ids[pair[place - 1]] > ids[p]; place--) pair[place] = pair[place - 1];
+            pair[place] = static_cast<int32_t>(p);
+        }
+        for (int64_t s = 0; s < count; s++) token[s] = static_cast<int32_t>(pair[s] / slots);
+        const Order order{token, pair, nullptr, 1, E, count};
+        const Linear call{order, x, A, B, weights, scale, D, O, L};
+        for (int64_t s = 0, end = 0; s < count; s = end) {
+            while (end < count && ids[pair[end]] == ids[pair[s]]) end++;
+            each_rows(token, s, end, ids[pair[s]],
+                      [&](auto rows, int64_t first, int64_t e) { forward_rows<rows()>(call, first, e, y, nullptr); });
+        }
+    }
+    return lowest;
+}
+
+}  // extern "C"

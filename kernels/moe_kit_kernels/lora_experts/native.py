@@ -1,0 +1,409 @@
+"""Routed LoRA experts in C++ on the CPU, added into results that are there: the `native` form.
+
+Only what was chosen is computed, without a gather: `native.cpp` reads the rows of x and of dy where they lie and adds into those of
+y and dx. The signature is that of `cpu_columns` and `cpu_pairs`. Kept for the backward: H [P, L] in the plan's given order.
+
+Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank, n projections.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_kit_kernels.common.checks import fail
+from moe_kit_kernels.common.native import Native
+from moe_kit_kernels.lora_experts.needs import Needs
+from moe_kit_kernels.route_plan import RoutePlan
+
+MAX_RANK = 256
+"""L at most: a program holds that many numbers for each of four rows."""
+# tokens of a block, whose rows stay near a core while all experts pass; more where an expert would have fewer pairs in it than are
+# worth reading the expert again (measured at widths of 576 to 4096)
+_BLOCK_TOKENS = 256
+_BLOCK_PAIRS = 32
+# multiplications that are worth waking a second thread for (measured)
+_WORK_A_THREAD = 1 << 19
+# pairs that native.cpp sorts by itself
+_FEW_PAIRS = 128
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+SOURCE = Path(__file__).with_name("native.cpp")
+_NATIVE = Native(SOURCE)
+
+
+class _Order(ctypes.Structure):
+    """`struct Order` of native.cpp."""
+
+    _fields_ = [
+        ("token", ctypes.c_void_p),
+        ("pair", ctypes.c_void_p),
+        ("start", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
+        ("experts", ctypes.c_int64),
+        ("pairs", ctypes.c_int64),
+    ]
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the signatures of native.cpp.
+
+    Args:
+        library: the loaded library.
+
+    Returns:
+        The same.
+    """
+    pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    library.moe_kit_order.argtypes = [pointer] * 3 + [size] * 5 + [pointer] * 3
+    library.moe_kit_order.restype = size
+    library.moe_kit_lora_forward.argtypes = [pointer] * 7 + [real] + [size] * 3 + [number]
+    library.moe_kit_lora_forward.restype = None
+    library.moe_kit_lora_backward.argtypes = [pointer] * 13 + [real] + [size] * 3 + [number] * 2
+    library.moe_kit_lora_backward.restype = None
+    library.moe_kit_lora_table.argtypes = [pointer] * 6 + [real] + [size] * 6 + [number]
+    library.moe_kit_lora_table.restype = size
+    return library
+
+
+@lru_cache(maxsize=1)
+def _functions() -> ctypes.CDLL:
+    """The functions; only where `available`."""
+    library = _NATIVE.library
+    assert library is not None
+    return declare(library)
+
+
+def _run(function: Any, *arguments: Any) -> int:
+    """Call C++; a profiler sees it by its name."""
+    if not torch.autograd._profiler_enabled():
+        return function(*arguments)
+    with torch.profiler.record_function(function.__name__):
+        return function(*arguments)
+
+
+def available() -> bool:
+    """Tell whether the C++ runs here; the first call compiles it where it never was."""
+    return _NATIVE.library is not None
+
+
+def why_not() -> str:
+    """Why it does not; empty when it does."""
+    return _NATIVE.why_not
+
+
+def serves(rank: int, *tensors: Tensor | None) -> bool:
+    """Tell whether the C++ should run some tensors in eager mode.
+
+    Args:
+        rank: L.
+        *tensors: the tensors of a call; None is skipped.
+
+    Returns:
+        True where it `takes` them, unless a dispatch mode looks on (a FLOP counter, fake tensors), which would see nothing.
+    """
+    return not torch._C._len_torch_dispatch_stack() and takes(rank, *tensors)
+
+
+def takes(rank: int, *tensors: Tensor | None) -> bool:
+    """Tell whether the C++ takes some tensors.
+
+    Args:
+        rank: L.
+        *tensors: the tensors of a call; None is skipped.
+
+    Returns:
+        True for plain float32 tensors on the CPU up to `MAX_RANK`, where the C++ runs.
+    """
+    if not 0 < rank <= MAX_RANK:
+        return False
+    for tensor in tensors:
+        if tensor is not None and not (tensor.dtype is torch.float32 and tensor.is_cpu and type(tensor) in _PLAIN):
+            return False
+    return available()
+
+
+def check(operator: str, rank: int, *tensors: Tensor | None) -> None:
+    """Check that the C++ can run where it was asked for by name.
+
+    Args:
+        operator: public name, for messages.
+        rank: L.
+        *tensors: the tensors of the call; None is skipped.
+
+    Raises:
+        KernelError: it does not take them, or does not run here.
+    """
+    if takes(rank, *tensors):
+        return
+    given = [t for t in tensors if t is not None]
+    kinds = sorted({f"{t.dtype} on {t.device.type}".removeprefix("torch.") for t in given})
+    fix = 'Pass backend="auto", which runs plain PyTorch here'
+    if kinds != ["float32 on cpu"]:
+        raise fail(operator, "backend", f"'native' with {' and '.join(kinds)}", "float32 on the CPU", fix)
+    if not 0 < rank <= MAX_RANK:
+        raise fail(operator, "backend", f"'native' with rank {rank}", f"ranks 1 to {MAX_RANK}", fix)
+    why = why_not() or "the tensors are of a subclass"
+    raise fail(operator, "backend", f"'native', which cannot run: {why}", "native code", fix)
+
+
+class Order:
+    """The pairs of a routing by (block of tokens, expert), for the C++.
+
+    Args:
+        plan: the routing, on the CPU.
+        threads: threads that will share the blocks.
+    """
+
+    def __init__(self, plan: RoutePlan, threads: int) -> None:
+        T, P, E = plan.num_tokens, plan.num_pairs, plan.num_experts
+        largest = max(_BLOCK_TOKENS, _BLOCK_PAIRS * E * T // max(1, P))
+        # as many for each thread
+        blocks = threads * max(1, -(-T // (largest * threads)))
+        block = max(1, -(-T // blocks))
+        # tokens, pairs and first places in one allocation
+        self.places = torch.empty(2 * P + blocks * E + 2, dtype=torch.int32)
+        token = self.places.data_ptr()
+        pair, start = token + 4 * P, token + 8 * P
+        free = plan.free_token_P
+        free_order = None if free is None else plan.token_order_P
+        _functions().moe_kit_order(
+            plan.expert_P.contiguous().data_ptr(),
+            None if free is None else free.data_ptr(),
+            None if free_order is None else free_order.data_ptr(),
+            P,
+            plan.slots or 1,
+            E,
+            block,
+            blocks,
+            token,
+            pair,
+            start,
+        )
+        self.struct = _Order(token, pair, start, blocks, E, P)
+        self.address = ctypes.addressof(self.struct)
+
+    @staticmethod
+    def of(plan: RoutePlan, threads: int) -> "Order":
+        """The order of a plan for a number of threads, computed once."""
+        kept = plan.__dict__.setdefault("_native_orders", {})
+        if threads not in kept:
+            kept[threads] = Order(plan, threads)
+        return kept[threads]
+
+
+def _threads(work: int) -> int:
+    """Threads for so many multiplications."""
+    return min(torch.get_num_threads(), 1 + work // _WORK_A_THREAD)
+
+
+def is_few(ids_TK: Tensor) -> bool:
+    """Tell whether `add_table` takes a table of ids: few enough pairs to be sorted on the way.
+
+    Args:
+        ids_TK: [T, K] ids.
+    """
+    return ids_TK.numel() <= _FEW_PAIRS
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _result(base_TO: Tensor | None, x_TD: Tensor, O: int, owned: bool) -> Tensor:
+    """Contiguous [T, O] to add to: the base itself where it may be written over."""
+    if base_TO is None:
+        return x_TD.new_zeros(x_TD.shape[0], O)
+    return base_TO.contiguous() if owned else base_TO.clone(memory_format=torch.contiguous_format)
+
+
+def _finished(y_TO: Tensor, base_TO: Tensor | None, owned: bool) -> Tensor:
+    """The result; in the base itself if that is owned and was not contiguous."""
+    return base_TO.copy_(y_TO) if owned and base_TO is not None and y_TO is not base_TO else y_TO
+
+
+def _rows(B_EOL: Tensor) -> Tensor:
+    """[E, L, O] contiguous: B as its bank keeps it, or a copy."""
+    return B_EOL.transpose(1, 2).contiguous()
+
+
+def add(
+    plan: RoutePlan,
+    scale: float,
+    x_TD: Tensor,
+    weights: Tensor,
+    bases: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    *,
+    keep: bool,
+    owned: bool = True,
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Add the experts of n projections to their results.
+
+    Args:
+        plan: the routing.
+        scale: factor on the sums.
+        x_TD: [T, D] inputs.
+        weights: [T, K] or [P].
+        bases: results so far [T, O_i]; None counts as zeros.
+        A: down projections [E, L, D].
+        B: up projections [E, O_i, L].
+        keep: return H for the backward.
+        owned: write over the bases.
+
+    Returns:
+        n results [T, O_i], and n tensors H [P, L], or (). Rows of dropped pairs in H are not written.
+    """
+    forward = _functions().moe_kit_lora_forward
+    x_TD, weights = x_TD.contiguous(), weights.contiguous()
+    D, P = x_TD.shape[1], plan.num_pairs
+    x, w = x_TD.data_ptr(), weights.data_ptr()
+    results, kept = [], []
+    for base_TO, a_ELD, b_EOL in zip(bases, A, B, strict=True):
+        O, L = b_EOL.shape[1:]
+        y_TO = _result(base_TO, x_TD, O, owned)
+        threads = _threads(P * L * (D + O))
+        a_ELD, b_ELO = a_ELD.contiguous(), _rows(b_EOL)
+        H_PL = x_TD.new_empty(P, L) if keep else None
+        order = Order.of(plan, threads).address
+        _run(
+            forward,
+            order,
+            x,
+            a_ELD.data_ptr(),
+            b_ELO.data_ptr(),
+            w,
+            y_TO.data_ptr(),
+            _pointer(H_PL),
+            scale,
+            D,
+            O,
+            L,
+            threads,
+        )
+        kept.append(H_PL)
+        results.append(_finished(y_TO, base_TO, owned))
+    return results, tuple(kept) if keep else ()
+
+
+def add_table(
+    operator: str,
+    ids_TK: Tensor,
+    scale: float,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    base_TO: Tensor | None,
+    A_ELD: Tensor,
+    B_EOL: Tensor,
+    *,
+    owned: bool,
+) -> Tensor:
+    """Add one projection's experts for a few tokens without gradients: no plan and no order, one call.
+
+    Args:
+        operator: public name, for messages.
+        ids_TK: [T, K] integer ids for which `is_few`; -1 and ids >= E are empty slots.
+        scale: factor on the sum.
+        x_TD: [T, D] inputs.
+        weights_TK: [T, K].
+        base_TO: result so far [T, O]; None counts as zeros.
+        A_ELD: down projections.
+        B_EOL: up projections.
+        owned: write over the base.
+
+    Returns:
+        [T, O].
+
+    Raises:
+        KernelError: an id below -1; the base is as it was then.
+    """
+    (T, K), (E, O, L) = ids_TK.shape, B_EOL.shape
+    ids_TK, x_TD, weights_TK = ids_TK.to(torch.int64).contiguous(), x_TD.contiguous(), weights_TK.contiguous()
+    y_TO = _result(base_TO, x_TD, O, owned)
+    a_ELD, b_ELO = A_ELD.contiguous(), _rows(B_EOL)
+    ids, x, a, b = ids_TK.data_ptr(), x_TD.data_ptr(), a_ELD.data_ptr(), b_ELO.data_ptr()
+    w, y = weights_TK.data_ptr(), y_TO.data_ptr()
+    D = x_TD.shape[1]
+    threads = min(max(1, T), _threads(T * K * L * (D + O)))
+    lowest = _run(_functions().moe_kit_lora_table, ids, x, a, b, w, y, scale, T, K, E, D, O, L, threads)
+    if lowest < -1:
+        raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
+    return _finished(y_TO, base_TO, owned)
+
+
+def gradients(
+    plan: RoutePlan,
+    scale: float,
+    needs: Needs,
+    x_TD: Tensor,
+    weights: Tensor,
+    kept: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    dys: Sequence[Tensor],
+    dx: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Compute the gradients of the experts that are asked for.
+
+    Args:
+        plan: the routing.
+        scale: factor on the sums.
+        needs: which gradients.
+        x_TD: [T, D] inputs.
+        weights: the forward's weights.
+        kept: H as `add` gave it.
+        A: down projections.
+        B: up projections.
+        dys: gradients of the n results.
+        dx: gradient of x so far, written over; None counts as zeros.
+
+    Returns:
+        Gradients of x and of the weights, and of the n A and n B.
+    """
+    backward = _functions().moe_kit_lora_backward
+    x_TD, weights = x_TD.contiguous(), weights.contiguous()
+    n, P, D = len(dys), plan.num_pairs, x_TD.shape[1]
+    if needs.x and dx is None:
+        dx = torch.zeros_like(x_TD)
+    dweights = torch.zeros_like(weights) if needs.weights else None
+    dA: list[Tensor | None] = [None] * n
+    dB: list[Tensor | None] = [None] * n
+    for i, (dy_TO, a_ELD, b_EOL) in enumerate(zip(dys, A, B, strict=True)):
+        dy_TO, a_ELD, b_ELO = dy_TO.contiguous(), a_ELD.contiguous(), _rows(b_EOL)
+        L, O = b_ELO.shape[1:]
+        threads = _threads(3 * P * L * (D + O))
+        dA[i] = torch.empty_like(a_ELD) if needs.A[i] else None
+        dB_ELO = torch.empty_like(b_ELO) if needs.B[i] else None
+        G_PL = dy_TO.new_empty(P, L) if needs.B[i] else None
+        dH_PL = dy_TO.new_empty(P, L) if needs.x or needs.A[i] else None
+        _run(
+            backward,
+            Order.of(plan, threads).address,
+            x_TD.data_ptr(),
+            a_ELD.data_ptr(),
+            b_ELO.data_ptr(),
+            weights.data_ptr(),
+            kept[i].data_ptr() if kept else None,
+            dy_TO.data_ptr(),
+            dx.data_ptr() if needs.x else None,
+            _pointer(dweights),
+            _pointer(dA[i]),
+            _pointer(dB_ELO),
+            _pointer(G_PL),
+            _pointer(dH_PL),
+            scale,
+            D,
+            O,
+            L,
+            i > 0,
+            threads,
+        )
+        if dB_ELO is not None:
+            # a view in the layout of a bank that keeps B as [E, L, O]
+            dB[i] = dB_ELO.transpose(1, 2)
+    return dx if needs.x else None, dweights, dA, dB
