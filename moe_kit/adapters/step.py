@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, addmv, mv
+from torch.nn.functional import linear
 
 from moe_kit.experts.lora import LoRABank
 from moe_kit.routing.decision import Routing
@@ -32,18 +33,22 @@ class DecodeStep:
     """
 
     def __init__(self, layers: Sequence[RoutedLayer], name: str, x_BSD: Tensor) -> None:
+        from moe_kit_kernels.lora_experts import native
+
         self.name, self.others = name, [layer.path for layer in layers[1:]]
         self.shape, self.dtype = x_BSD.shape, x_BSD.dtype
         self.router = layers[0].owners[name].moe_adapter_router[name]
         bases, banks = [layer.base_layer for layer in layers], [layer.moe_adapter_bank[name] for layer in layers]
         self.scale = banks[0].scale
         self.weights, self.biases = [base.weight for base in bases], [base.bias for base in bases]
+        self.bases = list(zip(self.weights, self.biases, strict=True))
         self.A, self.B = [bank.A for bank in banks], [bank.B for bank in banks]
         stores = [bank._parameters or bank._buffers for bank in banks]
         self.parts = [
             (layer._modules, base, base.weight, bank, store, bank.A, bank.B, bank.A.data_ptr(), bank.B.data_ptr())
             for layer, base, bank, store in zip(layers, bases, banks, stores, strict=True)
         ]
+        self.banks = native.DecodeBanks.of(self.A, self.B)
         # one view for each expert: to index a stack costs as much as to multiply by it
         self.experts_A = [a.detach().unbind() for a in self.A]
         self.experts_B = [b.detach().unbind() for b in self.B]
@@ -128,7 +133,16 @@ class DecodeStep:
         if routing.decision_T is not None:
             ids_TK, weights_TK = ids_TK[routing.decision_T], weights_TK[routing.decision_T]
         batch, length, width = self.shape
-        x_TD = x.reshape(-1, width)
+        x_TD = x.reshape(-1, width).contiguous()
+        if self.banks is not None and self.banks.take(ids_TK, weights_TK):
+            # one token stays a vector: at this size each view costs as much as a product
+            results = (
+                [mv(w, x_TD.view(-1)) if bias is None else addmv(bias, w, x_TD.view(-1)) for w, bias in self.bases]
+                if len(x_TD) == 1
+                else [linear(x_TD, w, bias) for w, bias in self.bases]
+            )
+            self.banks.add(results, x_TD, ids_TK, weights_TK, self.scale)
+            return [result.view(batch, length, -1) for result in results]
         results = decode_linears(
             x_TD,
             self.weights,

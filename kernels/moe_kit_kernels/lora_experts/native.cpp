@@ -135,7 +135,7 @@ struct Order {
     const int32_t* token;  // [P] token of each sorted pair
     const int32_t* pair;   // [P] its place in the caller's order
     const int32_t* start;  // [blocks * E + 1] first sorted pair of each (block, expert)
-    int64_t blocks, experts, pairs;
+    int64_t blocks, experts;
 };
 
 namespace {
@@ -211,6 +211,7 @@ using Number = std::integral_constant<int, R>;
 // they add to must not be one row. Pairs of one expert are in the order of their tokens.
 template <class Rows>
 void each_rows(const int32_t* token, int64_t s, int64_t end, int64_t e, const Rows& rows) {
+    static_assert(ROWS == 4, "one case for each count");
     while (s < end) {
         int count = 1;
         while (count < ROWS && s + count < end && token[s + count] != token[s + count - 1]) count++;
@@ -288,17 +289,15 @@ int64_t part_width(int64_t W, int64_t parts) {
 
 extern "C" {
 
-// Sort P pairs by (block of `block` tokens, expert), stable; ids outside of [0, E) are left out. Returns the lowest id.
+// Sort P pairs by (block of `block` tokens, expert), stable; ids outside of [0, E) are left out.
 // token_P: token of each free pair, else null and pair p belongs to token p / slots. by_token_P: free pairs in the order of
 // their tokens, else null. start has blocks * E + 2 entries, of which the last is scratch.
-int64_t moe_kit_order(const int64_t* expert_P, const int64_t* token_P, const int64_t* by_token_P, int64_t P, int64_t slots,
-                      int64_t E, int64_t block, int64_t blocks, int32_t* token, int32_t* pair, int32_t* start) {
+void moe_kit_order(const int64_t* expert_P, const int64_t* token_P, const int64_t* by_token_P, int64_t P, int64_t slots,
+                   int64_t E, int64_t block, int64_t blocks, int32_t* token, int32_t* pair, int32_t* start) {
     std::memset(start, 0, (blocks * E + 2) * sizeof(int32_t));
-    int64_t lowest = 0;
     // counted two places on, so that after placing every entry is where the next one began
     for (int64_t p = 0; p < P; p++) {
         const int64_t e = expert_P[p];
-        lowest = std::min(lowest, e);
         if (e >= 0 && e < E) start[(token_P ? token_P[p] : p / slots) / block * E + e + 2]++;
     }
     for (int64_t i = 2; i < blocks * E + 2; i++) start[i] += start[i - 1];
@@ -310,7 +309,6 @@ int64_t moe_kit_order(const int64_t* expert_P, const int64_t* token_P, const int
         token[place] = static_cast<int32_t>(t);
         pair[place] = static_cast<int32_t>(p);
     }
-    return lowest;
 }
 
 // y [T, O] += experts of x [T, D]; H [P, L] in the caller's order unless null. Rows of pairs that were left out are not written.
@@ -373,7 +371,7 @@ int64_t moe_kit_lora_table(const int64_t* ids, const float* x, const float* A, c
             pair[place] = static_cast<int32_t>(p);
         }
         for (int64_t s = 0; s < count; s++) token[s] = static_cast<int32_t>(pair[s] / slots);
-        const Order order{token, pair, nullptr, 1, E, count};
+        const Order order{token, pair, nullptr, 1, E};
         const Linear call{order, x, A, B, weights, scale, D, O, L};
         for (int64_t s = 0, end = 0; s < count; s = end) {
             while (end < count && ids[pair[end]] == ids[pair[s]]) end++;

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_kit_kernels.common.checks import fail
 from moe_kit_kernels.common.native import Native
+from moe_kit_kernels.lora_experts.cpu import is_joined
 from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan
 
@@ -45,7 +46,6 @@ class _Order(ctypes.Structure):
         ("start", ctypes.c_void_p),
         ("blocks", ctypes.c_int64),
         ("experts", ctypes.c_int64),
-        ("pairs", ctypes.c_int64),
     ]
 
 
@@ -60,7 +60,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """
     pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     library.moe_kit_order.argtypes = [pointer] * 3 + [size] * 5 + [pointer] * 3
-    library.moe_kit_order.restype = size
+    library.moe_kit_order.restype = None
     library.moe_kit_lora_forward.argtypes = [pointer] * 7 + [real] + [size] * 3 + [number]
     library.moe_kit_lora_forward.restype = None
     library.moe_kit_lora_backward.argtypes = [pointer] * 13 + [real] + [size] * 3 + [number] * 2
@@ -151,6 +151,10 @@ def check(operator: str, rank: int, *tensors: Tensor | None) -> None:
     raise fail(operator, "backend", f"'native', which cannot run: {why}", "native code", fix)
 
 
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 class Order:
     """The pairs of a routing by (block of tokens, expert), for the C++.
 
@@ -161,6 +165,7 @@ class Order:
 
     def __init__(self, plan: RoutePlan, threads: int) -> None:
         T, P, E = plan.num_tokens, plan.num_pairs, plan.num_experts
+        assert max(T, P) < 2**31, "places are 32 bit"
         largest = max(_BLOCK_TOKENS, _BLOCK_PAIRS * E * T // max(1, P))
         # as many for each thread
         blocks = threads * max(1, -(-T // (largest * threads)))
@@ -169,22 +174,11 @@ class Order:
         self.places = torch.empty(2 * P + blocks * E + 2, dtype=torch.int32)
         token = self.places.data_ptr()
         pair, start = token + 4 * P, token + 8 * P
-        free = plan.free_token_P
-        free_order = None if free is None else plan.token_order_P
-        _functions().moe_kit_order(
-            plan.expert_P.contiguous().data_ptr(),
-            None if free is None else free.data_ptr(),
-            None if free_order is None else free_order.data_ptr(),
-            P,
-            plan.slots or 1,
-            E,
-            block,
-            blocks,
-            token,
-            pair,
-            start,
-        )
-        self.struct = _Order(token, pair, start, blocks, E, P)
+        expert_P, free = plan.expert_P.contiguous(), plan.free_token_P
+        by_token = None if free is None else plan.token_order_P
+        given = (expert_P.data_ptr(), _pointer(free), _pointer(by_token))
+        _functions().moe_kit_order(*given, P, plan.slots or 1, E, block, blocks, token, pair, start)
+        self.struct = _Order(token, pair, start, blocks, E)
         self.address = ctypes.addressof(self.struct)
 
     @staticmethod
@@ -208,10 +202,6 @@ def is_few(ids_TK: Tensor) -> bool:
         ids_TK: [T, K] ids.
     """
     return ids_TK.numel() <= _FEW_PAIRS
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _result(base_TO: Tensor | None, x_TD: Tensor, O: int, owned: bool) -> Tensor:
@@ -334,6 +324,61 @@ def add_table(
     if lowest < -1:
         raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
     return _finished(y_TO, base_TO, owned)
+
+
+class DecodeBanks:
+    """Banks of linears over one input of a few tokens, looked up once and applied many times without gradients.
+
+    Args:
+        A: down projections [E, L_i, D], contiguous.
+        B: up projections [E, O_i, L_i], kept as [E, L_i, O_i]. The tensors must outlive this object and stay where they are.
+    """
+
+    def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
+        self.function = _functions().moe_kit_lora_table
+        self.banks = [
+            (a.data_ptr(), b.data_ptr(), a.shape[0], a.shape[2], *b.shape[1:]) for a, b in zip(A, B, strict=True)
+        ]
+
+    @staticmethod
+    def of(A: Sequence[Tensor], B: Sequence[Tensor]) -> "DecodeBanks | None":
+        """The banks, or None where the C++ does not take them as they lie.
+
+        Args:
+            A: down projections [E, L_i, D].
+            B: up projections [E, O_i, L_i].
+        """
+        lies = all(a.is_contiguous() and is_joined(b) for a, b in zip(A, B, strict=True))
+        return DecodeBanks(A, B) if lies and all(takes(a.shape[1], a, b) for a, b in zip(A, B, strict=True)) else None
+
+    @staticmethod
+    def take(ids_TK: Tensor, weights_TK: Tensor) -> bool:
+        """Tell whether a routing can be applied.
+
+        Args:
+            ids_TK: [T, K] int64.
+            weights_TK: [T, K].
+
+        Returns:
+            True for float32 weights of a few pairs; False while a dispatch mode looks on, which would see nothing.
+        """
+        few = ids_TK.numel() <= _FEW_PAIRS and weights_TK.dtype is torch.float32
+        return few and not torch._C._len_torch_dispatch_stack()
+
+    def add(self, results: Sequence[Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, scale: float) -> None:
+        """Add the experts of all linears to their results.
+
+        Args:
+            results: results so far [T, O_i], contiguous float32, written over.
+            x_TD: [T, D] contiguous float32.
+            ids_TK: [T, K] int64 that `take` let pass; -1 and ids >= E are empty slots.
+            weights_TK: [T, K] float32.
+            scale: factor on the sums.
+        """
+        ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
+        (T, K), ids, x, w = ids_TK.shape, ids_TK.data_ptr(), x_TD.data_ptr(), weights_TK.data_ptr()
+        for y_TO, (a, b, E, D, O, L) in zip(results, self.banks):
+            self.function(ids, x, a, b, w, y_TO.data_ptr(), scale, T, K, E, D, O, L, 1)
 
 
 def gradients(

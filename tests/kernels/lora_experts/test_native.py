@@ -92,6 +92,32 @@ def test_pairs(threads, poison_empty):
     check(x, A, B, base, None, torch.rand(10), plan=plan)
 
 
+def test_a_plan_of_strided_ids(threads, poison_empty):
+    x, A, B, base, ids, weights = make(30, 4, 2, 20, 33, 4, dtype=torch.float32)
+    plan = route_plan(ids, 4).slot_plans[1]
+    assert not plan.expert_P.is_contiguous()
+    check(x, A, B, base, None, weights.detach()[:, 1:].contiguous().requires_grad_(), plan=plan)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_banks_of_a_step_of_decoding(T):
+    x, A, B, base, _, weights = make(T, 4, 2, 20, 33, 5, dtype=torch.float32)
+    x, A, base, weights = x.detach(), A.detach(), base.detach(), weights.detach()
+    joined = B.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    ids = torch.tensor([[3, 0], [-1, 2], [1, 9]])[:T]
+    banks = native.DecodeBanks.of([A, A], [joined, joined])
+    assert banks.take(ids, weights)
+    found = [base.clone(), base * 2]
+    banks.add(found, x, ids, weights, 0.7)
+    for y, start in zip(found, (base, base * 2), strict=True):
+        assert torch.equal(y, call("native", ids)(x, A, joined, weights, start))
+    # what lies otherwise would have to be copied each time
+    assert native.DecodeBanks.of([A], [B.detach().contiguous()]) is None
+    assert native.DecodeBanks.of([A.double()], [joined.double()]) is None
+    assert not banks.take(ids, weights.double())
+    assert not banks.take(ids.expand(200, T, 2).reshape(-1, 2), weights)
+
+
 def test_every_expert(threads, poison_empty):
     x, A, B, base, _, _ = make(6, 4, 1, 20, 12, 2, dtype=torch.float32)
     check(x, A, B, base, None, torch.rand(6, 4))
