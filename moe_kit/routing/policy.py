@@ -51,19 +51,20 @@ def plackett_luce_log_prob(logits: Tensor, ordered_ids: Tensor) -> Tensor:
     if num_chosen > num_experts:
         raise RoutingError(f"cannot draw {num_chosen} distinct experts out of {num_experts}: lower top_k.")
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    # each of these runs for every router and sample: few calls, and the fused ones
     empty = ordered_ids < 0
     ids = ordered_ids.clamp_min(0)
-    chosen_logits = logits.gather(-1, ids)
-    total = torch.zeros_like(chosen_logits[..., 0])
-    remaining = logits
+    remaining, terms = logits, []
     for slot in range(num_chosen):
-        term = chosen_logits[..., slot] - remaining.logsumexp(-1)
-        total = total + term.masked_fill(empty[..., slot], 0.0)
+        chosen = ids[..., slot : slot + 1]
+        terms.append(remaining.log_softmax(-1).gather(-1, chosen))
         if slot + 1 < num_chosen:
-            taken = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids[..., slot : slot + 1], True)
-            taken = taken & ~empty[..., slot : slot + 1]
-            remaining = remaining.masked_fill(taken, float("-inf"))
-    return total
+            # an empty slot takes nothing away: what it points at stays
+            taken = logits.detach().gather(-1, chosen).masked_fill(~empty[..., slot : slot + 1], float("-inf"))
+            remaining = remaining.scatter(-1, chosen, taken)
+    if not terms:
+        return torch.zeros_like(logits[..., 0])
+    return torch.cat(terms, -1).masked_fill(empty, 0.0).sum(-1)
 
 
 def plackett_luce_set_log_prob(logits: Tensor, ids: Tensor) -> Tensor:

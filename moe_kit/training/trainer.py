@@ -7,12 +7,14 @@ adapted layer, plus the backward of the log-probabilities through the routers al
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from moe_kit.errors import ConfigError
 from moe_kit.hf.batch import predicts_next_token
@@ -231,15 +233,16 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
         return loss, outputs
 
     def _prefix(self, model: nn.Module) -> Any:
-        from contextlib import nullcontext
-
         return shared_prefix(model) if self.policy.share_prefix else nullcontext()
 
     def _sample(
         self, model: nn.Module, state: Any, inputs: dict[str, Any], num_items: Tensor | int | None, shifted: bool
     ) -> tuple[PolicySample, Tensor]:
         extra = {"num_items_in_batch": num_items} if self.model_accepts_loss_kwargs and num_items is not None else {}
-        with self.compute_loss_context_manager():
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # a pass without a graph is charged with the losses of its tokens, and nobody reads the model's own
+        silent = nullcontext() if torch.is_grad_enabled() else _without_loss(inner)
+        with self.compute_loss_context_manager(), silent:
             outputs = model(**{**inputs, **extra})
         return sample_of(state, _losses(state, outputs, inputs, shifted), self.policy.credit), outputs.loss
 
@@ -279,6 +282,29 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
             if self.is_world_process_zero() and find_routing_state(self.model) is not None:
                 logs.update(logged_routing(self.model))
         super().log(logs, *args, **kwargs)
+
+
+@contextmanager
+def _without_loss(model: nn.Module) -> Iterator[None]:
+    """Inside this block a model's own loss is zero and costs nothing; models that compute it by themselves still do."""
+    # a loss that is a module with weights of its own stays where it is
+    if not isinstance(model, PreTrainedModel) or "_loss_function" in model._modules:
+        yield
+        return
+    before = vars(model).get("_loss_function")
+    model.loss_function = _no_loss
+    try:
+        yield
+    finally:
+        if before is None:
+            del model._loss_function
+        else:
+            model.loss_function = before
+
+
+def _no_loss(*args: Any, **kwargs: Any) -> Tensor:
+    given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return given.new_zeros((), dtype=torch.float32)
 
 
 def _losses(state: ModelRouting, outputs: Any, inputs: dict[str, Any], shifted: bool) -> Tensor:

@@ -324,6 +324,26 @@ def test_every_sample_reaches_the_router(monkeypatch, tmp_path):
     torch.testing.assert_close(router.grad, expected)
 
 
+def test_a_forward_only_sample_computes_one_loss(tmp_path):
+    """That of its tokens; the model's own is computed where a gradient follows from it."""
+    model = remix_model()
+    inner, calls = model.get_base_model(), []
+    for gradient, expected in (("one", [True]), ("mean", [True, True, True])):
+        own = inner.loss_function
+        inner.loss_function = lambda *args, own=own, **kw: calls.append(torch.is_grad_enabled()) or own(*args, **kw)
+        counting = inner.loss_function
+        policy = PolicyConfig(num_samples=3, adapter_gradient=gradient)
+        trainer = RoutedTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset(), policy=policy)
+        trainer.compute_loss(model.train(), batch_of()).backward()
+        assert calls == expected
+        assert inner.loss_function is counting
+        calls.clear()
+        del inner._loss_function
+    trainer = RoutedTrainer(model=model, args=arguments(tmp_path), train_dataset=dataset())
+    trainer.compute_loss(model.train(), batch_of())
+    assert "_loss_function" not in vars(inner)
+
+
 def policy_gradients(model, checkpointing, batch, tmp_path, **policy):
     model.train().zero_grad()
     if checkpointing:
