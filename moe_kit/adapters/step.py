@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, addmv, mv
-from torch.nn.functional import linear
+from torch import Tensor
 
 from moe_kit.experts.lora import LoRABank
 from moe_kit.routing.decision import Routing
@@ -41,7 +40,6 @@ class DecodeStep:
         bases, banks = [layer.base_layer for layer in layers], [layer.moe_adapter_bank[name] for layer in layers]
         self.scale = banks[0].scale
         self.weights, self.biases = [base.weight for base in bases], [base.bias for base in bases]
-        self.bases = list(zip(self.weights, self.biases, strict=True))
         self.A, self.B = [bank.A for bank in banks], [bank.B for bank in banks]
         stores = [bank._parameters or bank._buffers for bank in banks]
         self.parts = [
@@ -125,7 +123,7 @@ class DecodeStep:
         Returns:
             One float [B, S, O] a linear, or None for a decision that needs the general path.
         """
-        from moe_kit_kernels.lora_experts.cpu_decode import decode_linears
+        from moe_kit_kernels.lora_experts.cpu_decode import base_products, decode_linears
 
         ids_TK, weights_TK = routing.sparse_ids_NK, routing.sparse_weights_NK
         if ids_TK is None or weights_TK is None or routing.base_weight_N is not None:
@@ -135,12 +133,7 @@ class DecodeStep:
         batch, length, width = self.shape
         x_TD = x.reshape(-1, width).contiguous()
         if self.banks is not None and self.banks.take(ids_TK, weights_TK):
-            # one token stays a vector: at this size each view costs as much as a product
-            results = (
-                [mv(w, x_TD.view(-1)) if bias is None else addmv(bias, w, x_TD.view(-1)) for w, bias in self.bases]
-                if len(x_TD) == 1
-                else [linear(x_TD, w, bias) for w, bias in self.bases]
-            )
+            results = base_products(x_TD, self.weights, self.biases)
             self.banks.add(results, x_TD, ids_TK, weights_TK, self.scale)
             return [result.view(batch, length, -1) for result in results]
         results = decode_linears(

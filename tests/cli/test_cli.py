@@ -86,6 +86,7 @@ def test_kernel_check_passes_words_and_status_on(monkeypatch):
         (["generate", "nowhere", "--prompt", " "], "the prompt is empty"),
         (["presets", "x"], "expected no options"),
         (["kernels", "chekc"], "expected 'check'"),
+        (["kernels", "native", "--fast"], "got '--fast' after 'native'"),
     ],
 )
 def test_mistakes_give_status_2_and_a_hint(words, message, tmp_path, capsys):
@@ -98,6 +99,17 @@ def test_mistakes_give_status_2_and_a_hint(words, message, tmp_path, capsys):
     captured = capsys.readouterr()
     text = " ".join((captured.err + captured.out).split())
     assert any(part in text for part in message.split("|")), text
+
+
+def test_kernels_native_says_what_the_cpu_runs(monkeypatch, capsys):
+    from moe_kit_kernels.lora_experts import native
+
+    monkeypatch.setattr(native._NATIVE, "_found", (object(), ""), raising=False)
+    assert main(["kernels", "native"]) == 0
+    assert "runs compiled code on this CPU" in capsys.readouterr().out
+    monkeypatch.setattr(native._NATIVE, "_found", (None, "no C++ compiler was found"), raising=False)
+    assert main(["kernels", "native"]) == 1
+    assert "plain PyTorch on this CPU: no C++ compiler was found" in capsys.readouterr().out
 
 
 def test_a_misspelt_option_names_the_nearest(capsys):

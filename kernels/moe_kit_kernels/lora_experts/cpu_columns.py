@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.lora_experts import cpu
-from moe_kit_kernels.lora_experts.needs import Needs
+from moe_kit_kernels.lora_experts.call import Call, Gradients, Needs
 from moe_kit_kernels.route_plan import RoutePlan
 
 
@@ -52,33 +52,10 @@ def _factors(plan: RoutePlan | None, weights: Tensor, expand_EC: Tensor) -> Tens
 
 
 def add(
-    plan: RoutePlan | None,
-    scale: float,
-    x_TD: Tensor,
-    weights: Tensor,
-    bases: Sequence[Tensor | None],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    *,
-    keep: bool,
-    owned: bool = True,
+    call: Call, bases: Sequence[Tensor | None], *, keep: bool, owned: bool = True
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Add the experts of n projections to their results.
-
-    Args:
-        plan: the routing; None when every expert is chosen.
-        scale: factor on the sums.
-        x_TD: [T, D] inputs.
-        weights: [T, K], [P] or [T, E].
-        bases: results so far [T, O_i]; None counts as zeros.
-        A: down projections [E, L, D].
-        B: up projections [E, O_i, L].
-        keep: gather H for the backward.
-        owned: write over the bases.
-
-    Returns:
-        n results [T, O_i], and H [P * n, L] (or [T, n*C] when every expert is chosen), or ().
-    """
+    """Add the experts to the results: see `Form.add`. H is [P * n, L], or [T, n*C] when every expert is chosen."""
+    plan, scale, x_TD, weights, A, B = call
     n, (E, L, _D) = len(A), A[0].shape
     H_TC = torch.mm(x_TD, _joined(A).t())
     expand_EC = cpu.expansion(E, (L,) * n, scale, x_TD.dtype, x_TD.device)
@@ -129,35 +106,9 @@ def add_table(
     return base_TO.addmm_(G_TC, B_CO) if owned else torch.addmm(base_TO, G_TC, B_CO)
 
 
-def gradients(
-    plan: RoutePlan | None,
-    scale: float,
-    needs: Needs,
-    x_TD: Tensor,
-    weights: Tensor,
-    kept: Sequence[Tensor],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    dys: Sequence[Tensor],
-    dx: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None], list[Tensor | None]]:
-    """Compute the gradients of the experts that are asked for.
-
-    Args:
-        plan: the routing.
-        scale: factor on the sums.
-        needs: which gradients.
-        x_TD: [T, D] inputs.
-        weights: the forward's weights.
-        kept: H as `add` gave it.
-        A: down projections.
-        B: up projections.
-        dys: gradients of the n results.
-        dx: gradient of x so far, written over; None counts as zeros.
-
-    Returns:
-        Gradients of x and of the weights, and of the n A and n B.
-    """
+def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Tensor], dx: Tensor | None) -> Gradients:
+    """Compute the gradients that are asked for: see `Form.gradients`."""
+    plan, scale, x_TD, weights, A, B = call
     n, (T, D), (E, L, _) = len(dys), x_TD.shape, A[0].shape
     C, need_A = E * L, any(needs.A)
     expand_EC = cpu.expansion(E, (L,) * n, scale, x_TD.dtype, x_TD.device)

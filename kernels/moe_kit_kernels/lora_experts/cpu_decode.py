@@ -101,22 +101,35 @@ def decode_linears(
         KernelError: an id below -1.
     """
     chosen_T = _chosen("lora_linear", ids_TK, weights_TK, scale, len(A[0]))
+    results = base_products(x_TD, weights_OD, biases_O)
     if len(chosen_T) == 1:
-        # one token stays a vector throughout: at this size each view costs as much as a product
         x_D, chosen = x_TD.view(-1), chosen_T[0]
-        return [
-            _add_chosen(
-                mv(weight_OD, x_D) if bias_O is None else addmv(bias_O, weight_OD, x_D), x_D, a, b, chosen
-            ).unsqueeze(0)
-            for weight_OD, bias_O, a, b in zip(weights_OD, biases_O, A, B)
-        ]
-    results, rows_T = [], x_TD.unbind()
-    for weight_OD, bias_O, a_ELD, b_EOL in zip(weights_OD, biases_O, A, B):
-        y_TO = linear(x_TD, weight_OD, bias_O)
+        return [_add_chosen(y_O, x_D, a, b, chosen).unsqueeze(0) for y_O, a, b in zip(results, A, B)]
+    rows_T = x_TD.unbind()
+    for y_TO, a_ELD, b_EOL in zip(results, A, B):
         for y_O, x_D, chosen in zip(y_TO.unbind(), rows_T, chosen_T):
             _add_chosen(y_O, x_D, a_ELD, b_EOL, chosen)
-        results.append(y_TO)
     return results
+
+
+def base_products(x_TD: Tensor, weights_OD: Sequence[Tensor], biases_O: Sequence[Tensor | None]) -> list[Tensor]:
+    """Compute n linear layers of a few tokens; one token stays a vector, since at this size a view costs as much as a product.
+
+    Args:
+        x_TD: [T, D] inputs.
+        weights_OD: base weights [O_i, D].
+        biases_O: base biases [O_i] or None.
+
+    Returns:
+        n results [T, O_i]; [O_i] for one token.
+    """
+    if len(x_TD) != 1:
+        return [linear(x_TD, weight_OD, bias_O) for weight_OD, bias_O in zip(weights_OD, biases_O)]
+    x_D = x_TD.view(-1)
+    return [
+        mv(weight_OD, x_D) if bias_O is None else addmv(bias_O, weight_OD, x_D)
+        for weight_OD, bias_O in zip(weights_OD, biases_O)
+    ]
 
 
 def _chosen(

@@ -2,8 +2,7 @@
 
     y_i = x W_i^T + bias_i + scale * sum_k w_k B_i,e A_i,e x        for n projections i that share x and the routing
 
-The forms have one signature: `dense` (`cpu_columns`: all experts as columns), `sorted` (`cpu_pairs`: the chosen pairs)
-and `native` (the same in C++). They add into y and into dx where the base products have written them.
+The forms (`forms`) add into y and into dx where the base products have written them.
 
 Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank, n projections.
 """
@@ -15,13 +14,12 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.backward import first_order
-from moe_kit_kernels.lora_experts import cpu_columns, cpu_pairs, native
+from moe_kit_kernels.lora_experts import cpu_columns
+from moe_kit_kernels.lora_experts.call import Call, Needs
+from moe_kit_kernels.lora_experts.forms import FORMS
 from moe_kit_kernels.lora_experts.frozen import hold_frozen, take_weight
-from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan
 from moe_kit_kernels.topk_gate.cpu import gate, gate_logits_gradient
-
-_FORMS: dict[str, Any] = {"dense": cpu_columns, "sorted": cpu_pairs, "native": native}
 
 
 def fits(x_TD: Tensor, weights: Tensor, bases: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
@@ -66,7 +64,7 @@ def forward(
     """
     bases, biases, A, B = _quarters(tensors)
     results = [torch.nn.functional.linear(x_TD, w_OD, bias_O) for w_OD, bias_O in zip(bases, biases, strict=True)]
-    return _FORMS[how].add(plan, scale, x_TD, weights, results, A, B, keep=keep)
+    return FORMS[how].add(Call(plan, scale, x_TD, weights, A, B), results, keep=keep)
 
 
 def _backward(
@@ -81,7 +79,8 @@ def _backward(
         for dy_TO, frozen, weight in zip(dys, ctx.frozen, trained, strict=True):
             w_OD = take_weight(frozen, weight)
             dx = torch.mm(dy_TO, w_OD) if dx is None else dx.addmm_(dy_TO, w_OD)
-    dx, dweights, dA, dB = _FORMS[how].gradients(plan, scale, needs, x_TD, weights, kept, A, B, dys, dx)
+    call = Call(plan, scale, x_TD, weights, A, B)
+    dx, dweights, dA, dB = FORMS[how].gradients(call, needs, kept, dys, dx)
     dbase = [dy_TO.t() @ x_TD if need else None for dy_TO, need in zip(dys, need_base, strict=True)]
     dbias = [dy_TO.sum(0) if need else None for dy_TO, need in zip(dys, need_bias, strict=True)]
     return dx, dweights, [*dbase, *dbias, *dA, *dB]

@@ -6,7 +6,7 @@ With s the sorted pairs, t(s) their tokens and f_s = scale * weight, for each of
     backward   U = dy_t(s) B_e,       dw_s = scale * <U_s, H_s>,     dH = f U
                dB_e = (f H)_e^T dy,   dA_e = dH_e^T x,               dx_t(s) += dH A_e
 
-Only what was chosen is computed; torch's grouped_mm walks the experts in C++. The signature is that of `cpu_columns`,
+Only what was chosen is computed; torch's grouped_mm walks the experts in C++. It is an alternative to `cpu_columns`,
 which is faster for 8 experts of rank 8 and slower for 64 of them (measured).
 
 Legend: T tokens, P pairs, N pairs that are not dropped, E experts, D width in, O width out, L rank, n projections.
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_kit_kernels.lora_experts.call import Call, Gradients, Needs, finished, started
 from moe_kit_kernels.lora_experts.cpu_sorted import can_group
-from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan
 
 # a gather into fresh memory of several MiB costs more in page faults than the products that read it (measured)
@@ -90,74 +90,32 @@ def _like_bank(like: Tensor, shape: Sequence[int], plan: RoutePlan) -> Tensor:
 
 
 def add(
-    plan: RoutePlan,
-    scale: float,
-    x_TD: Tensor,
-    weights: Tensor,
-    results: list[Tensor],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    *,
-    keep: bool,
+    call: Call, bases: Sequence[Tensor | None], *, keep: bool, owned: bool = True
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Add the experts of n projections to their results.
-
-    Args:
-        plan: the routing.
-        scale: factor on the sums.
-        x_TD: [T, D] inputs.
-        weights: [T, K] or [P].
-        results: results so far [T, O_i], written over.
-        A: down projections [E, L, D].
-        B: up projections [E, O_i, L].
-        keep: return H for the backward.
-
-    Returns:
-        The results, and n tensors H [N, L] in sorted order, or ().
-    """
+    """Add the experts to the results: see `Form.add`. H is n times [N, L], in sorted order."""
+    plan, scale, x_TD, weights, A, B = call
+    assert plan is not None
     grouped_mm = torch.nn.functional.grouped_mm
     token_N, _, factor_N1 = _sorted(plan, weights, scale)
     x_ND = x_TD.index_select(0, token_N)
-    kept = []
-    for y_TO, a_ELD, b_EOL in zip(results, A, B, strict=True):
+    results, kept = [], []
+    for base_TO, a_ELD, b_EOL in zip(bases, A, B, strict=True):
+        y_TO = started(base_TO, x_TD, b_EOL.shape[1], owned)
         H_NL = grouped_mm(x_ND, a_ELD.transpose(1, 2), offs=plan.ends_E)
         G_NL = H_NL * factor_N1 if keep else H_NL.mul_(factor_N1)
         for run in _runs(plan, b_EOL.shape[1], x_TD.element_size()):
             rows = grouped_mm(G_NL[run.pairs], b_EOL[run.experts].transpose(1, 2), offs=run.ends)
             y_TO.index_add_(0, token_N[run.pairs], rows)
         kept.append(H_NL)
+        results.append(finished(y_TO, base_TO, owned))
     return results, tuple(kept) if keep else ()
 
 
-def gradients(
-    plan: RoutePlan,
-    scale: float,
-    needs: Needs,
-    x_TD: Tensor,
-    weights: Tensor,
-    kept: Sequence[Tensor],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    dys: Sequence[Tensor],
-    dx: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Compute the gradients of the experts that are asked for.
-
-    Args:
-        plan: the routing.
-        scale: factor on the sums.
-        needs: which gradients.
-        x_TD: [T, D] inputs.
-        weights: the forward's weights.
-        kept: H as `add` gave it.
-        A: down projections.
-        B: up projections.
-        dys: gradients of the n results.
-        dx: gradient of x so far, written over; None when x wants none.
-
-    Returns:
-        Gradients of x and of the weights, and of the n A and n B.
-    """
+def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Tensor], dx: Tensor | None) -> Gradients:
+    """Compute the gradients that are asked for: see `Form.gradients`."""
+    plan, scale, x_TD, weights, A, B = call
+    assert plan is not None
+    dx = torch.zeros_like(x_TD) if dx is None and needs.x else dx
     grouped_mm, n = torch.nn.functional.grouped_mm, len(dys)
     token_N, order_N, factor_N1 = _sorted(plan, weights, scale)
     dw_N = dweights = None

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import fail
-from moe_kit_kernels.lora_experts import cpu, cpu_columns, cpu_linears, cpu_pairs, cpu_single, native, ops  # noqa: F401 (ops registers the operators)
+from moe_kit_kernels.lora_experts import cpu, cpu_columns, cpu_linears, cpu_pairs, native, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
+from moe_kit_kernels.lora_experts.call import Call
 from moe_kit_kernels.lora_experts.choice import choose, chosen_form, for_kernels, of_pairs, on_kernels
 from moe_kit_kernels.lora_experts.cpu_decode import decode, decode_linears
+from moe_kit_kernels.lora_experts.cpu_single import SingleLora
 from moe_kit_kernels.lora_experts.cpu_sorted import SortedLora
 from moe_kit_kernels.lora_experts.decision import (
     Decision,
@@ -25,8 +27,10 @@ from moe_kit_kernels.lora_experts.decision import (
     gates_of_table,
     resolve_plan,
 )
+from moe_kit_kernels.lora_experts.forms import FORMS
 from moe_kit_kernels.lora_experts.gpu import linear_fuses, run_triton, uses_triton
 from moe_kit_kernels.lora_experts.reference import lora_experts_reference
+from moe_kit_kernels.route_plan import RoutePlan
 
 # up to so many numbers [T, E*L] autograd's own forty calls are cheaper than a gradient in Python; it keeps two such tensors in
 # place of H [P, L], together 128 KB in float32
@@ -79,13 +83,12 @@ def run_experts(
     if backend == "native":
         native.check(operator, L, x_TD, A_ELD, B_EOL, weights, base_TO)
     elif backend == "auto":
-        compiled = dtype is None and not uses_triton(x_TD.device)
-        compiled = compiled and native.serves(L, x_TD, A_ELD, B_EOL, weights, base_TO)
+        compiled = _compiled(x_TD, L, A_ELD, B_EOL, weights, base_TO)
         sizes = (T, weights.numel(), E, L, D, O, x_TD.element_size())
         no_decode = training or of_pairs(decision)
         backend = "dense" if everyone else choose(*sizes, no_decode, x_TD.device, False, compiled)
     if backend == "native":
-        return _native(operator, decision, scale, x_TD, base_TO, A_ELD, B_EOL, training, overwrite_base)
+        return _single(operator, backend, decision, scale, x_TD, base_TO, A_ELD, B_EOL, training, overwrite_base)
     if backend == "decode" and training:
         raise fail(operator, "backend", "'decode' with gradients on", "no gradient", 'Use "auto", or torch.no_grad()')
 
@@ -108,7 +111,7 @@ def run_experts(
         check_decision(operator, T, E, decision)
         return decode(x_TD, A_ELD, B_EOL, decision.ids_TK.tolist(), weights, scale, base_TO, overwrite_base)
     if backend == "dense" and cpu_columns.one_dtype(x_TD, weights, base_TO, A_ELD, B_EOL):
-        return _dense(operator, decision, scale, x_TD, base_TO, A_ELD, B_EOL, training, overwrite_base)
+        return _single(operator, backend, decision, scale, x_TD, base_TO, A_ELD, B_EOL, training, overwrite_base)
     plan = resolve_plan(operator, T, E, decision)
     if backend == "dense":
         group = Group(plan, scale, 1, linear=False, overwrite_base=overwrite_base)
@@ -127,8 +130,9 @@ def run_experts(
     return SortedLora.apply(plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL)
 
 
-def _dense(
+def _single(
     operator: str,
+    how: str,
     decision: Decision,
     scale: float,
     x_TD: Tensor,
@@ -138,44 +142,38 @@ def _dense(
     training: bool,
     overwrite_base: bool,
 ) -> Tensor:
-    """Two GEMMs in one dtype, as plain operations or as one autograd function."""
-    T, (E, L, _) = x_TD.shape[0], A_ELD.shape
-    few = T * E * L <= _FEW_COLUMNS and cpu.is_joined(B_EOL)
-    if few or not training:
+    """One bank in one of the forms, as plain operations or as one autograd function."""
+    T, (E, L, _), weights = x_TD.shape[0], A_ELD.shape, decision.weights
+    if how == "native" and not training and _few(decision):
+        check_decision(operator, T, E, decision)
+        more = (scale, x_TD, weights, base_TO, A_ELD, B_EOL)
+        return native.add_table(operator, decision.ids_TK, *more, owned=overwrite_base)
+    if how == "dense" and (not training or (T * E * L <= _FEW_COLUMNS and cpu.is_joined(B_EOL))):
         gates_TE = gates_of_table(operator, T, E, decision)
         if gates_TE is not None:
             return cpu_columns.add_table(gates_TE, scale, x_TD, base_TO, A_ELD, B_EOL, owned=overwrite_base)
+    plan = _plan_for(how, operator, T, E, decision)
+    if training:
+        return SingleLora.apply(how, plan, scale, overwrite_base, x_TD, weights, base_TO, A_ELD, B_EOL)
+    call = Call(plan, scale, x_TD, weights, (A_ELD,), (B_EOL,))
+    return FORMS[how].add(call, (base_TO,), keep=False, owned=overwrite_base)[0][0]
+
+
+def _few(decision: Decision) -> bool:
+    """Whether a routing is a table of so few pairs that the C++ sorts them on its way."""
+    return decision.plan is None and decision.ids_TK is not None and native.is_few(decision.ids_TK)
+
+
+def _plan_for(how: str, operator: str, T: int, E: int, decision: Decision) -> RoutePlan | None:
+    """The plan of a call; the C++ has one also when every expert is chosen."""
     plan = resolve_plan(operator, T, E, decision)
-    if training:
-        call = ("dense", plan, scale, overwrite_base)
-        return cpu_single.SingleLora.apply(*call, x_TD, decision.weights, base_TO, A_ELD, B_EOL)
-    one = (base_TO,), (A_ELD,), (B_EOL,)
-    return cpu_columns.add(plan, scale, x_TD, decision.weights, *one, keep=False, owned=overwrite_base)[0][0]
+    return all_experts_plan(T, E, decision.weights.device) if plan is None and how == "native" else plan
 
 
-def _native(
-    operator: str,
-    decision: Decision,
-    scale: float,
-    x_TD: Tensor,
-    base_TO: Tensor | None,
-    A_ELD: Tensor,
-    B_EOL: Tensor,
-    training: bool,
-    overwrite_base: bool,
-) -> Tensor:
-    """The chosen pairs by compiled code, as one autograd function where there are gradients."""
-    T, E, weights = x_TD.shape[0], A_ELD.shape[0], decision.weights
-    ids_TK = decision.ids_TK
-    if not training and decision.plan is None and ids_TK is not None and native.is_few(ids_TK):
-        check_decision(operator, T, E, decision)
-        return native.add_table(operator, ids_TK, scale, x_TD, weights, base_TO, A_ELD, B_EOL, owned=overwrite_base)
-    plan = resolve_plan(operator, T, E, decision) or all_experts_plan(T, E, x_TD.device)
-    if training:
-        call = ("native", plan, scale, overwrite_base)
-        return cpu_single.SingleLora.apply(*call, x_TD, weights, base_TO, A_ELD, B_EOL)
-    one = (base_TO,), (A_ELD,), (B_EOL,)
-    return native.add(plan, scale, x_TD, weights, *one, keep=False, owned=overwrite_base)[0][0]
+def _compiled(x_TD: Tensor, rank: int, *others: Tensor | None) -> bool:
+    """Whether the C++ may run a call."""
+    plain = autocast_dtype(x_TD.device) is None and not uses_triton(x_TD.device)
+    return plain and native.serves(rank, x_TD, *others)
 
 
 def _traced(
@@ -250,13 +248,15 @@ def run_linears(
     if backend == "native":
         native.check(operator, rank, x_TD, decision.weights, *weights_OD, *A, *B)
     elif backend == "auto":
-        compiled = dtype is None and not uses_triton(x_TD.device)
-        compiled = compiled and native.serves(rank, x_TD, decision.weights, *weights_OD, *A, *B)
+        compiled = _compiled(x_TD, rank, decision.weights, *weights_OD, *A, *B)
         forward_only = not torch.is_grad_enabled() and not of_pairs(decision)
         sizes = (T, decision.weights.numel(), E, rank, D, width, x_TD.element_size())
         backend = "dense" if everyone else choose(*sizes, not forward_only, x_TD.device, native=compiled)
-    if backend == "native":
-        return _native_linears(operator, decision, scale, x_TD, weights_OD, biases_O, A, B)
+    if backend == "native" and not torch.is_grad_enabled() and _few(decision):
+        check_decision(operator, T, E, decision)
+        call = (operator, decision.ids_TK, scale, x_TD, decision.weights)
+        linear, parts = torch.nn.functional.linear, zip(weights_OD, biases_O, A, B, strict=True)
+        return tuple(native.add_table(*call, linear(x_TD, w, bias), a, b, owned=True) for w, bias, a, b in parts)
     if backend == "decode" and decision.ids_TK is not None and not compiling:
         plain = not torch.is_grad_enabled() and not uses_triton(x_TD.device) and autocast_dtype(x_TD.device) is None
         if plain and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
@@ -264,15 +264,15 @@ def run_linears(
             ids, weights = decision.ids_TK.tolist(), decision.weights.tolist()
             return tuple(decode_linears(x_TD, weights_OD, biases_O, A, B, ids, weights, scale))
     here = dtype is None and backend in ("dense", "sorted") and not uses_triton(x_TD.device)
-    if here and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
+    if backend == "native" or (here and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B)):
         tensors = [*weights_OD, *biases_O, *A, *B]
         if backend == "dense" and not torch.is_grad_enabled():
             gates_TE = gates_of_table(operator, T, E, decision)
             plan = None if gates_TE is not None else resolve_plan(operator, T, E, decision)
             weights = decision.weights if gates_TE is None else gates_TE
             return tuple(cpu_linears.forward(backend, plan, scale, x_TD, weights, tensors, False)[0])
-        plan = resolve_plan(operator, T, E, decision)
-        if backend == "dense" or (plan is not None and cpu_pairs.fits(x_TD, weights_OD, A)):
+        plan = _plan_for(backend, operator, T, E, decision)
+        if backend != "sorted" or (plan is not None and cpu_pairs.fits(x_TD, weights_OD, A)):
             if torch.is_grad_enabled():
                 return cpu_linears.RoutedLinears.apply(backend, plan, scale, x_TD, decision.weights, *tensors)
             return tuple(cpu_linears.forward(backend, plan, scale, x_TD, decision.weights, tensors, False)[0])
@@ -310,32 +310,6 @@ def run_linears(
     if not torch.is_grad_enabled():
         return tuple(dense_forward(group, x_TD, decision.weights, tensors, keep=False)[0])
     return DenseLoraGroup.apply(group, x_TD, decision.weights, *tensors)
-
-
-def _native_linears(
-    operator: str,
-    decision: Decision,
-    scale: float,
-    x_TD: Tensor,
-    weights_OD: Sequence[Tensor],
-    biases_O: Sequence[Tensor | None],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-) -> tuple[Tensor, ...]:
-    """n linear layers with their experts by compiled code."""
-    T, E, weights, ids_TK = x_TD.shape[0], A[0].shape[0], decision.weights, decision.ids_TK
-    graph = torch.is_grad_enabled()
-    if not graph and decision.plan is None and ids_TK is not None and native.is_few(ids_TK):
-        check_decision(operator, T, E, decision)
-        parts = zip(weights_OD, biases_O, A, B, strict=True)
-        call = (operator, ids_TK, scale, x_TD, weights)
-        linear = torch.nn.functional.linear
-        return tuple(native.add_table(*call, linear(x_TD, w, bias), a, b, owned=True) for w, bias, a, b in parts)
-    plan = resolve_plan(operator, T, E, decision) or all_experts_plan(T, E, x_TD.device)
-    tensors = [*weights_OD, *biases_O, *A, *B]
-    if graph:
-        return cpu_linears.RoutedLinears.apply("native", plan, scale, x_TD, weights, *tensors)
-    return tuple(cpu_linears.forward("native", plan, scale, x_TD, weights, tensors, False)[0])
 
 
 def run_gated_linears(

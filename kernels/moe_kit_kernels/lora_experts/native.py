@@ -1,7 +1,7 @@
 """Routed LoRA experts in C++ on the CPU, added into results that are there: the `native` form.
 
 Only what was chosen is computed, without a gather: `native.cpp` reads the rows of x and of dy where they lie and adds into those of
-y and dx. The signature is that of `cpu_columns` and `cpu_pairs`. Kept for the backward: H [P, L] in the plan's given order.
+y and dx. Kept for the backward: H [P, L] in the plan's given order.
 
 Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank, n projections.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moe_kit_kernels.common.checks import fail
 from moe_kit_kernels.common.native import Native
+from moe_kit_kernels.lora_experts.call import Call, Gradients, Needs, finished, started
 from moe_kit_kernels.lora_experts.cpu import is_joined
-from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan
 
 MAX_RANK = 256
@@ -204,51 +204,17 @@ def is_few(ids_TK: Tensor) -> bool:
     return ids_TK.numel() <= _FEW_PAIRS
 
 
-def _result(base_TO: Tensor | None, x_TD: Tensor, O: int, owned: bool) -> Tensor:
-    """Contiguous [T, O] to add to: the base itself where it may be written over."""
-    if base_TO is None:
-        return x_TD.new_zeros(x_TD.shape[0], O)
-    return base_TO.contiguous() if owned else base_TO.clone(memory_format=torch.contiguous_format)
-
-
-def _finished(y_TO: Tensor, base_TO: Tensor | None, owned: bool) -> Tensor:
-    """The result; in the base itself if that is owned and was not contiguous."""
-    return base_TO.copy_(y_TO) if owned and base_TO is not None and y_TO is not base_TO else y_TO
-
-
 def _rows(B_EOL: Tensor) -> Tensor:
     """[E, L, O] contiguous: B as its bank keeps it, or a copy."""
     return B_EOL.transpose(1, 2).contiguous()
 
 
 def add(
-    plan: RoutePlan,
-    scale: float,
-    x_TD: Tensor,
-    weights: Tensor,
-    bases: Sequence[Tensor | None],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    *,
-    keep: bool,
-    owned: bool = True,
+    call: Call, bases: Sequence[Tensor | None], *, keep: bool, owned: bool = True
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Add the experts of n projections to their results.
-
-    Args:
-        plan: the routing.
-        scale: factor on the sums.
-        x_TD: [T, D] inputs.
-        weights: [T, K] or [P].
-        bases: results so far [T, O_i]; None counts as zeros.
-        A: down projections [E, L, D].
-        B: up projections [E, O_i, L].
-        keep: return H for the backward.
-        owned: write over the bases.
-
-    Returns:
-        n results [T, O_i], and n tensors H [P, L], or (). Rows of dropped pairs in H are not written.
-    """
+    """Add the experts to the results: see `Form.add`. H is n times [P, L]; rows of dropped pairs in it are not written."""
+    plan, scale, x_TD, weights, A, B = call
+    assert plan is not None
     forward = _functions().moe_kit_lora_forward
     x_TD, weights = x_TD.contiguous(), weights.contiguous()
     D, P = x_TD.shape[1], plan.num_pairs
@@ -256,7 +222,7 @@ def add(
     results, kept = [], []
     for base_TO, a_ELD, b_EOL in zip(bases, A, B, strict=True):
         O, L = b_EOL.shape[1:]
-        y_TO = _result(base_TO, x_TD, O, owned)
+        y_TO = started(base_TO, x_TD, O, owned)
         threads = _threads(P * L * (D + O))
         a_ELD, b_ELO = a_ELD.contiguous(), _rows(b_EOL)
         H_PL = x_TD.new_empty(P, L) if keep else None
@@ -277,7 +243,7 @@ def add(
             threads,
         )
         kept.append(H_PL)
-        results.append(_finished(y_TO, base_TO, owned))
+        results.append(finished(y_TO, base_TO, owned))
     return results, tuple(kept) if keep else ()
 
 
@@ -314,7 +280,7 @@ def add_table(
     """
     (T, K), (E, O, L) = ids_TK.shape, B_EOL.shape
     ids_TK, x_TD, weights_TK = ids_TK.to(torch.int64).contiguous(), x_TD.contiguous(), weights_TK.contiguous()
-    y_TO = _result(base_TO, x_TD, O, owned)
+    y_TO = started(base_TO, x_TD, O, owned)
     a_ELD, b_ELO = A_ELD.contiguous(), _rows(B_EOL)
     ids, x, a, b = ids_TK.data_ptr(), x_TD.data_ptr(), a_ELD.data_ptr(), b_ELO.data_ptr()
     w, y = weights_TK.data_ptr(), y_TO.data_ptr()
@@ -323,7 +289,7 @@ def add_table(
     lowest = _run(_functions().moe_kit_lora_table, ids, x, a, b, w, y, scale, T, K, E, D, O, L, threads)
     if lowest < -1:
         raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
-    return _finished(y_TO, base_TO, owned)
+    return finished(y_TO, base_TO, owned)
 
 
 class DecodeBanks:
@@ -362,8 +328,7 @@ class DecodeBanks:
         Returns:
             True for float32 weights of a few pairs; False while a dispatch mode looks on, which would see nothing.
         """
-        few = ids_TK.numel() <= _FEW_PAIRS and weights_TK.dtype is torch.float32
-        return few and not torch._C._len_torch_dispatch_stack()
+        return is_few(ids_TK) and weights_TK.dtype is torch.float32 and not torch._C._len_torch_dispatch_stack()
 
     def add(self, results: Sequence[Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, scale: float) -> None:
         """Add the experts of all linears to their results.
@@ -381,40 +346,14 @@ class DecodeBanks:
             self.function(ids, x, a, b, w, y_TO.data_ptr(), scale, T, K, E, D, O, L, 1)
 
 
-def gradients(
-    plan: RoutePlan,
-    scale: float,
-    needs: Needs,
-    x_TD: Tensor,
-    weights: Tensor,
-    kept: Sequence[Tensor],
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    dys: Sequence[Tensor],
-    dx: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Compute the gradients of the experts that are asked for.
-
-    Args:
-        plan: the routing.
-        scale: factor on the sums.
-        needs: which gradients.
-        x_TD: [T, D] inputs.
-        weights: the forward's weights.
-        kept: H as `add` gave it.
-        A: down projections.
-        B: up projections.
-        dys: gradients of the n results.
-        dx: gradient of x so far, written over; None counts as zeros.
-
-    Returns:
-        Gradients of x and of the weights, and of the n A and n B.
-    """
+def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Tensor], dx: Tensor | None) -> Gradients:
+    """Compute the gradients that are asked for: see `Form.gradients`."""
+    plan, scale, x_TD, weights, A, B = call
+    assert plan is not None
     backward = _functions().moe_kit_lora_backward
     x_TD, weights = x_TD.contiguous(), weights.contiguous()
     n, P, D = len(dys), plan.num_pairs, x_TD.shape[1]
-    if needs.x and dx is None:
-        dx = torch.zeros_like(x_TD)
+    dx = torch.zeros_like(x_TD) if dx is None and needs.x else dx
     dweights = torch.zeros_like(weights) if needs.weights else None
     dA: list[Tensor | None] = [None] * n
     dB: list[Tensor | None] = [None] * n

@@ -18,10 +18,10 @@ from moe_kit_kernels.common.autocast import no_autocast
 from moe_kit_kernels.cost_model import CPU, LoraShape, choose_lora
 from moe_kit_kernels.lora_experts import native
 from moe_kit_kernels.lora_experts.autograd import Group, dense_backward, dense_forward
+from moe_kit_kernels.lora_experts.call import Call, Needs
 from moe_kit_kernels.lora_experts.choice import on_kernels
 from moe_kit_kernels.lora_experts.cpu_sorted import sorted_backward, sorted_forward
 from moe_kit_kernels.lora_experts.decision import Decision
-from moe_kit_kernels.lora_experts.needs import Needs
 from moe_kit_kernels.route_plan import RoutePlan, route_plan, route_plan_pairs
 
 
@@ -106,8 +106,8 @@ def lora_experts_op(
             assert plan is not None
             return sorted_forward(plan, scale, False, x_TD, weights, base_TO, A_ELD, B_EOL)
         if form == "native":
-            one = (base_TO,), (A_ELD,), (B_EOL,)
-            (y_TO,), (H_PL,) = native.add(plan, scale, x_TD, weights, *one, keep=True, owned=False)
+            call = Call(plan, scale, x_TD, weights, (A_ELD,), (B_EOL,))
+            (y_TO,), (H_PL,) = native.add(call, (base_TO,), keep=True, owned=False)
             return y_TO, H_PL
         group = Group(plan, scale, 1, linear=False)
         (y_TO,), (H_PL,) = dense_forward(group, x_TD, weights, (base_TO, None, A_ELD, B_EOL), keep=True)
@@ -179,8 +179,8 @@ def lora_experts_backward_op(
         dweights = None if dweights is None else dweights.to(weights.dtype)
     elif (form := _implementation(backend, ids, x_TD, A_ELD, B_EOL, weights, dy_TO)) == "native":
         which = Needs(need_x, need_weights, (need_A,), (need_B,))
-        one = (H_PL,), (A_ELD,), (B_EOL,), (dy_TO,)
-        dx, dweights, (dA,), (dB,) = native.gradients(plan, scale, which, x_TD, weights, *one, None)
+        call = Call(plan, scale, x_TD, weights, (A_ELD,), (B_EOL,))
+        dx, dweights, (dA,), (dB,) = native.gradients(call, which, (H_PL,), (dy_TO,), None)
     elif form == "sorted":
         assert plan is not None
         wanted = (need_x, need_weights, need_A, need_B)

@@ -51,6 +51,30 @@ def test_down(edge, order, poison_empty):
     compare(lambda how, x, A: lora_down(x, A, plan, backend=how), {"x": t["x"], "A": t["A"]})
 
 
+@pytest.mark.parametrize("L", [8, 32])
+def test_tall_tiles(L, monkeypatch, poison_empty):
+    """Sorted down and dense up in tiles of 256 rows, which only large calls take: two of them here, the second with a tail."""
+    monkeypatch.setattr(triton_halves, "choose", lambda *_: "mixed")
+    monkeypatch.setattr(triton_halves, "down_rows", lambda *_: 256)
+    tall = {"BM": 256, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3}
+    monkeypatch.setattr(launch.sizes, "up_tile", lambda *_, **__: tall)
+    T, E, D, O = 300, 2, 40, 70
+    ids = torch.stack([torch.randint(-1, E + 1, (T,)), torch.randint(0, E, (T,))], dim=1)
+    plan = route_plan(ids, E)
+    tensors = {
+        "x": torch.randn(T, D),
+        "A": torch.randn(E, L, D) / D**0.5,
+        "B": torch.randn(E, O, L) / L**0.5,
+        "weights": torch.rand(T, 2),
+        "base": torch.randn(T, O),
+    }
+
+    def halves(how, x, A, B, weights, base):
+        return lora_up(lora_down(x, A, plan, backend=how), B, plan, weights, base_TO=base, scale=0.7, backend=how)
+
+    compare(halves, tensors)
+
+
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("base", [True, False])
 def test_up(edge, base, order, poison_empty):

@@ -107,6 +107,35 @@ def test_only_tensor_memory_holds_tall_linear_tiles():
     assert heights == {80: 64, 90: 64, 100: 128, 103: 128, 110: 128, 120: 64}
 
 
+def test_tall_tiles_where_a_banks_width_pays_for_them():
+    def tile(columns=256, tokens=16384, slots=2, capability=90, width=4096):
+        found = tiles.up_tile(tokens, width, slots, linear=False, capability=capability, columns=columns)
+        return found["BM"], found["BN"]
+
+    assert tile() == (256, 64)
+    # fewer columns, another architecture, more slots, rows that are not aligned, few tokens
+    assert tile(columns=128) == tile(capability=80) == tile(capability=100) == (128, 128)
+    assert tile(slots=4) == tile(width=4097) == tile(tokens=256) == (64, 128)
+    # what stays in registers: fewer columns for tall tiles, narrow ranks and many slots
+    found = {
+        (L, rows, slots): tiles.up_columns(16, L, 2, rows, slots)[0]
+        for L in (8, 32)
+        for rows in (128, 256)
+        for slots in (2, 8)
+    }
+    assert found == {
+        (8, 128, 2): 32, (8, 128, 8): 32, (8, 256, 2): 16, (8, 256, 8): 16,
+        (32, 128, 2): 64, (32, 128, 8): 32, (32, 256, 2): 32, (32, 256, 8): 32,
+    }  # fmt: skip
+
+
+def test_sorted_tiles_of_few_wide_experts_are_tall():
+    rows = {(E, L): tiles.down_rows(32768, E, L) for E in (8, 16) for L in (16, 32, 64, 128)}
+    assert rows == {(E, L): 256 if E == 8 and L in (32, 64) else 128 for E in (8, 16) for L in (16, 32, 64, 128)}
+    assert tiles.down_rows(32768, 8, 32, itemsize=4) == 128
+    assert tiles.down_rows(64, 8, 32) == 16
+
+
 def test_four_byte_operands_take_shallow_tiles():
     for rows in (16, 32, 64, 128):
         for kernel in ("grouped_mm", "grouped_gram", "lora_grouped"):
