@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from moe_kit.errors import ConfigError
 
 __all__ = ["main"]
+
+# packages with C++ for the CPU; experts_mlp and lora_grouped run that of grouped_mm
+_NATIVE = ("route_plan", "grouped_mm", "lora_experts")
 
 _HELP = """\
 usage: moe-kit kernels check [options]    compile every GPU kernel ahead of time (check --help explains the options)
@@ -44,10 +49,13 @@ def main(arguments: list[str]) -> int:
 def _native() -> int:
     """Load the native code, compiling it where that was not done yet, and print how it stands."""
     from moe_kit_kernels.common.cache import cache_dir
-    from moe_kit_kernels.lora_experts import native
 
-    if native.available():
-        print(f"lora_experts runs compiled code on this CPU ({native.SOURCE.name}, kept in {cache_dir() / 'native'})")
-        return 0
-    print(f"lora_experts runs plain PyTorch on this CPU: {native.why_not()}")
-    return 1
+    failed = 0
+    for name in _NATIVE:
+        library = import_module(f"moe_kit_kernels.{name}.native").NATIVE
+        if library.available:
+            print(f"{name} runs compiled code on this CPU, kept in {cache_dir() / 'native'}")
+        else:
+            print(f"{name} runs plain PyTorch on this CPU: {library.why_not}")
+            failed = 1
+    return failed

@@ -102,14 +102,17 @@ def test_mistakes_give_status_2_and_a_hint(words, message, tmp_path, capsys):
 
 
 def test_kernels_native_says_what_the_cpu_runs(monkeypatch, capsys):
-    from moe_kit_kernels.lora_experts import native
+    from moe_kit_kernels.common.native import Native
 
-    monkeypatch.setattr(native._NATIVE, "_found", (object(), ""), raising=False)
+    monkeypatch.setattr(Native, "library", object())
     assert main(["kernels", "native"]) == 0
-    assert "runs compiled code on this CPU" in capsys.readouterr().out
-    monkeypatch.setattr(native._NATIVE, "_found", (None, "no C++ compiler was found"), raising=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["route_plan", "grouped_mm", "lora_experts"]
+    assert all("runs compiled code on this CPU" in line for line in lines)
+    monkeypatch.setattr(Native, "library", None)
+    monkeypatch.setattr(Native, "why_not", "no C++ compiler was found")
     assert main(["kernels", "native"]) == 1
-    assert "plain PyTorch on this CPU: no C++ compiler was found" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("plain PyTorch on this CPU: no C++ compiler was found") == 3
 
 
 def test_a_misspelt_option_names_the_nearest(capsys):

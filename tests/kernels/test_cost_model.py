@@ -17,6 +17,7 @@ from moe_kit_kernels.cost_model import (
     gpu_stages,
     linear_seconds,
     mixed_seconds,
+    native_rows_pay,
     native_seconds,
     sorted_seconds,
 )
@@ -248,3 +249,12 @@ def test_more_work_costs_more():
             if seconds is not native_seconds or device is CPU:
                 assert seconds(shape(T=2048), device) > seconds(shape(T=1024), device)
                 assert seconds(shape(L=256), device) > seconds(shape(L=8), device)
+
+
+def test_compiled_products_of_few_rows():
+    assert native_rows_pay(256 * 8, 8, 2048, 512)
+    assert not native_rows_pay(256 * 8 + 1, 8, 2048, 512)
+    # rows that cross cache lines
+    assert native_rows_pay(32 * 8, 8, 1026, 513)
+    assert not native_rows_pay(33 * 8, 8, 1026, 513)
+    assert native_rows_pay(0, 8, 513)

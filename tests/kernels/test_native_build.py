@@ -120,7 +120,7 @@ def test_the_runtime_of_torch_is_found():
 
 
 def test_auto_runs_without_it_and_insisting_says_why(monkeypatch):
-    monkeypatch.setattr(native._NATIVE, "_found", (None, "no C++ compiler was found"), raising=False)
+    monkeypatch.setattr(native.NATIVE, "_found", (None, "no C++ compiler was found"), raising=False)
     x, A, B, _, ids, weights = make(64, 8, 2, 96, 96, 8, dtype=torch.float32)
     torch.testing.assert_close(
         lora_experts(x, A, B, ids, weights), lora_experts(x, A, B, ids, weights, backend="reference")

@@ -18,6 +18,11 @@ import subprocess
 import tempfile
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from moe_kit_kernels.common.cache import cache_dir
 
@@ -25,7 +30,74 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "MOE_KIT_NATIVE"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+# headers that several sources include
+_HEADERS = Path(__file__).parent
+INCLUDE = f"-I{_HEADERS}"
 _TIMEOUT_S = 300
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
+    """Tell whether C++ can read tensors where they lie.
+
+    Args:
+        *tensors: None is skipped.
+        dtype: the only one that it reads.
+
+    Returns:
+        True for tensors of that dtype on the CPU that are of no subclass.
+    """
+    return all(t is None or (t.dtype is dtype and t.is_cpu and type(t) in _PLAIN) for t in tensors)
+
+
+def kinds(*tensors: Tensor | None) -> str:
+    """Dtypes and devices of tensors in words, for messages.
+
+    Args:
+        *tensors: None is skipped.
+    """
+    found = {f"{t.dtype} on {t.device.type}".removeprefix("torch.") for t in tensors if t is not None}
+    return " and ".join(sorted(found))
+
+
+def is_watched() -> bool:
+    """Tell whether somebody looks on who would not see what C++ does.
+
+    Returns:
+        True under a tracer, a dispatch mode (a FLOP counter, fake tensors), a transform of `torch.func`, or forward differentiation.
+    """
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first number; None for None.
+
+    Args:
+        tensor: any tensor in memory.
+    """
+    return None if tensor is None else tensor.data_ptr()
+
+
+def run(function: Any, *arguments: Any) -> Any:
+    """Call a function of a library; a profiler sees it by its name.
+
+    Args:
+        function: the function, its signature declared.
+        *arguments: what it takes.
+
+    Returns:
+        What it returns.
+    """
+    if not torch.autograd._profiler_enabled():
+        return function(*arguments)
+    with torch.profiler.record_function(function.__name__):
+        return function(*arguments)
 
 
 class Native:
@@ -49,6 +121,11 @@ class Native:
     def library(self) -> ctypes.CDLL | None:
         """The loaded library, compiled by the first process that asks; None where it cannot be."""
         return self._found[0]
+
+    @property
+    def available(self) -> bool:
+        """Whether there is a library."""
+        return self.library is not None
 
     @property
     def why_not(self) -> str:
@@ -111,8 +188,9 @@ def _key(source: Path, compiler: str) -> str:
     wanted = ("flags", "Features", "model name", "CPU part")
     processor = sorted({line for line in lines if line.startswith(wanted)})
     binary = Path(compiler).stat()
+    headers = b"".join(path.read_bytes() for path in sorted(_HEADERS.glob("*.h")))
     parts = (*FLAGS, platform.machine(), *processor, compiler, str(binary.st_size), str(binary.st_mtime_ns))
-    return hashlib.sha256(source.read_bytes() + "\0".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(source.read_bytes() + headers + "\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: str, source: Path, binary: Path) -> None:
@@ -120,7 +198,7 @@ def _compile(compiler: str, source: Path, binary: Path) -> None:
     logger.info("compiling %s for this processor (some seconds, kept in %s)", source.name, binary.parent)
     with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
         made = Path(folder) / binary.name
-        command = [compiler, *FLAGS, str(source), "-o", str(made)]
+        command = [compiler, *FLAGS, INCLUDE, str(source), "-o", str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:

@@ -15,7 +15,7 @@ from moe_kit_kernels.experts_mlp import reference
 from moe_kit_kernels.experts_mlp.autograd import ExpertsMLP, implementation
 from moe_kit_kernels.experts_mlp.ops import experts_mlp_op
 from moe_kit_kernels.grouped_mm.activations import ACTIVATIONS
-from moe_kit_kernels.grouped_mm.backend import resolve_backend
+from moe_kit_kernels.grouped_mm.backend import grouped_backend
 from moe_kit_kernels.route_plan import RoutePlan, check_plan_device, route_plan
 
 __all__ = ["experts_mlp"]
@@ -46,7 +46,7 @@ def experts_mlp(
         up_bias_EF: `[E, F]`, optional.
         down_bias_ED: `[E, D]`, optional; weighted like the rest of the expert's result.
         activation: A name in `grouped_mm.activations.ACTIVATIONS`; "silu" with F = 2H is SwiGLU.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "native" (C++ on the CPU), "cpu" (plain PyTorch), "triton" or "reference".
 
     Returns:
         `[T, D]` of x's dtype (autocast's dtype under autocast); the sum over slots is made in at least float32, in slot
@@ -68,7 +68,6 @@ def experts_mlp(
             raise fail("experts_mlp", "the routing", "None", "expert_ids_TK or a plan", "Pass one of them")
         plan = route_plan(expert_ids_TK, up_EFD.shape[0])
     _check(x_TD, up_EFD, down_EDH, plan, weights_TK, up_bias_EF, down_bias_ED, activation)
-    name = resolve_backend("experts_mlp", backend, x_TD.device)
     dtype = x_TD.dtype
     if torch.is_autocast_enabled(x_TD.device.type):
         dtype = torch.get_autocast_dtype(x_TD.device.type)
@@ -85,6 +84,8 @@ def experts_mlp(
     up_bias_EF = None if up_bias_EF is None else up_bias_EF.to(compute)
     down_bias_ED = None if down_bias_ED is None else down_bias_ED.to(compute)
     weights_P = weights_TK.reshape(-1)
+    floats = x_TD, weights_P, up_bias_EF, down_bias_ED
+    name = grouped_backend("experts_mlp", backend, plan.num_pairs, (up_EFD, down_EDH), *floats)
     if name == "reference":
         y_TD = reference.experts_mlp(
             x_TD,
@@ -108,7 +109,7 @@ def experts_mlp(
             down_bias_ED,
             plan.slots or 0,
             activation,
-            name,
+            backend,
         )
     elif torch.is_grad_enabled():
         y_TD = ExpertsMLP.apply(x_TD, up_EFD, down_EDH, weights_P, up_bias_EF, down_bias_ED, plan, activation, name)

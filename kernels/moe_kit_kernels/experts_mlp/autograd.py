@@ -1,4 +1,4 @@
-"""Autograd function of the feed-forward experts; both implementations offer `forward` and `backward` (`cpu.py`, `triton.py`)."""
+"""Autograd function of the feed-forward experts; `native.py`, `cpu.py` and `triton.py` offer `forward` and `backward`."""
 
 from types import ModuleType
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.backward import first_order
-from moe_kit_kernels.experts_mlp import cpu
+from moe_kit_kernels.experts_mlp import cpu, native
 from moe_kit_kernels.route_plan import RoutePlan
 
 
@@ -14,16 +14,16 @@ def implementation(backend: str) -> ModuleType:
     """Return the module that runs a backend.
 
     Args:
-        backend: "cpu" or "triton", as `resolve_backend` gave it.
+        backend: "native", "cpu" or "triton", as `grouped_backend` gave it.
 
     Returns:
-        `cpu` or `triton`; the latter is imported by the first call that needs it.
+        The module of that name; `triton` is imported by the first call that needs it.
     """
     if backend == "triton":
         from moe_kit_kernels.experts_mlp import triton
 
         return triton
-    return cpu
+    return native if backend == "native" else cpu
 
 
 class ExpertsMLP(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_kit_kernels.common.autocast import no_autocast
 from moe_kit_kernels.experts_mlp.autograd import implementation
+from moe_kit_kernels.grouped_mm.backend import grouped_backend
 from moe_kit_kernels.route_plan import RoutePlan
 
 
@@ -35,8 +36,11 @@ def experts_mlp_op(
     """Return the result `[T, D]` and the pre-activations `[P, F]`; `slots` is K, or 0 for free pairs."""
     plan = _plan(x_TD, up_EFD, token_P, expert_P, slots)
     tensors = x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED
+    name = grouped_backend(
+        "experts_mlp", backend, plan.num_pairs, (up_EFD, down_EDH), x_TD, weights_P, up_bias_EF, down_bias_ED
+    )
     with no_autocast(x_TD.device):
-        y_TD, z_PF = implementation(backend).forward(*tensors, activation, keep=True)
+        y_TD, z_PF = implementation(name).forward(*tensors, activation, keep=True)
     assert z_PF is not None
     return y_TD, z_PF
 
@@ -64,7 +68,11 @@ def experts_mlp_backward_op(
 ) -> list[Tensor]:
     """Return the six gradients of `experts_mlp`; an empty tensor stands for one that is not needed."""
     plan = _plan(x_TD, up_EFD, token_P, expert_P, slots)
-    run = implementation(backend).backward
+    # pre-activations are kept alike by all implementations
+    name = grouped_backend(
+        "experts_mlp", backend, plan.num_pairs, (up_EFD, down_EDH), x_TD, weights_P, down_bias_ED, dy_TD
+    )
+    run = implementation(name).backward
     with no_autocast(x_TD.device):
         gradients = run(dy_TD, x_TD, up_EFD, down_EDH, plan, weights_P, down_bias_ED, z_PF, activation, tuple(needs))
     return [x_TD.new_empty(0) if gradient is None else gradient for gradient in gradients]

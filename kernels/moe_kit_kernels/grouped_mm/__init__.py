@@ -12,7 +12,7 @@ from moe_kit_kernels.common.checks import check_device, check_float, check_shape
 from moe_kit_kernels.grouped_mm import reference
 from moe_kit_kernels.grouped_mm.activations import ACTIVATIONS
 from moe_kit_kernels.grouped_mm.autograd import GroupedMM
-from moe_kit_kernels.grouped_mm.backend import resolve_backend
+from moe_kit_kernels.grouped_mm.backend import grouped_backend
 from moe_kit_kernels.grouped_mm.ops import grouped_mm_op
 from moe_kit_kernels.route_plan import RoutePlan, check_plan_device
 
@@ -47,7 +47,7 @@ def grouped_mm(
         gated: The activation of the first half of the outputs multiplies the second half; the result has width O/2.
         residual: Added last, in the shape and order of the result; of any floating dtype. Where one summand is float32,
             the sum is taken in float32.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "native" (C++ on the CPU), "cpu" (plain PyTorch), "triton" or "reference".
 
     Returns:
         `[P, O]` (`[P, O/2]` when gated) of x's dtype (autocast's dtype under autocast). Rows of dropped pairs are zero plus residual. Differentiable in
@@ -65,7 +65,6 @@ def grouped_mm(
         [[20.0], [3.0]]
     """
     _check(x, weight_EOD, plan, gather, bias_EO, weights, activation, gated, residual)
-    name = resolve_backend("grouped_mm", backend, x.device)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -76,6 +75,7 @@ def grouped_mm(
         added, residual = residual, None
     bias_EO = None if bias_EO is None else bias_EO.to(weight_EOD.dtype)
     options = {"gather": gather, "scatter": scatter, "activation": activation, "gated": gated}
+    name = grouped_backend("grouped_mm", backend, plan.num_pairs, (weight_EOD,), x, bias_EO)
     if name == "reference":
         y = reference.grouped_mm(x, weight_EOD, plan, bias_EO=bias_EO, weights=weights, residual=residual, **options)
     elif torch.compiler.is_compiling():
@@ -94,7 +94,7 @@ def grouped_mm(
             scatter,
             activation or "",
             gated,
-            name,
+            backend,
         )
     else:
         weights_P = None if weights is None else weights.reshape(-1)

@@ -1,4 +1,4 @@
-"""Autograd function of the grouped GEMM; both implementations offer the same three steps (`cpu.py`, `triton_rows.py`).
+"""Autograd function of the grouped GEMM; all implementations offer the same three steps (`native.py`, `cpu.py`, `triton_rows.py`).
 
     dz = dact(weight_p * dy_p);  dW_e = dz^T x;  db_e = sum dz;  dx = dz W_e;  dweight_p = <dy_p, act(z_p)>
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.backward import first_order
-from moe_kit_kernels.grouped_mm import cpu
+from moe_kit_kernels.grouped_mm import cpu, native
 from moe_kit_kernels.grouped_mm.activations import activate_backward
 from moe_kit_kernels.route_plan import RoutePlan
 
@@ -21,16 +21,16 @@ def implementation(backend: str) -> ModuleType:
     """Return the module that runs a backend.
 
     Args:
-        backend: "cpu" or "triton", as `resolve_backend` gave it.
+        backend: "native", "cpu" or "triton", as `grouped_backend` gave it.
 
     Returns:
-        `cpu` or `triton_rows`; the latter is imported by the first call that needs it.
+        `native`, `cpu` or `triton_rows`; the last is imported by the first call that needs it.
     """
     if backend == "triton":
         from moe_kit_kernels.grouped_mm import triton_rows
 
         return triton_rows
-    return cpu
+    return native if backend == "native" else cpu
 
 
 class GroupedMM(torch.autograd.Function):

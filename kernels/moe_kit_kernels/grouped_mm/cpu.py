@@ -160,6 +160,11 @@ def rows(
     """Return the operator's result `[P, O]` and, with `keep`, the pre-activations in sorted order."""
     z_PF = forward(x.index_select(0, plan.sorted_token_P) if gather else x, weight_EOD, plan, bias_EO)
     y_PO = z_PF if activation is None else activate(z_PF, activation, gated)
+    return finish(y_PO, plan, weights_P, residual, scatter), z_PF if keep else None
+
+
+def finish(y_PO: Tensor, plan: RoutePlan, weights_P: Tensor | None, residual: Tensor | None, scatter: bool) -> Tensor:
+    """Return what the operator makes of the product's sorted rows: weighted, in the order asked for, plus the residual."""
     if weights_P is not None:
         w_P1 = weights_P.index_select(0, plan.order_P)[:, None]
         y_PO = (y_PO * w_P1).to(y_PO.dtype)
@@ -169,7 +174,7 @@ def rows(
         y_PO = y_PO.index_select(0, plan.inverse_P)
     if residual is not None:
         y_PO = (y_PO + residual).to(y_PO.dtype)
-    return y_PO, z_PF if keep else None
+    return y_PO
 
 
 def grad_rows(dz_PF: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_kit_kernels.common.autocast import no_autocast
 from moe_kit_kernels.grouped_mm.autograd import GroupedMM, gradients, implementation, needs_rows
+from moe_kit_kernels.grouped_mm.backend import grouped_backend
 from moe_kit_kernels.route_plan import RoutePlan
 
 
@@ -36,7 +37,8 @@ def grouped_mm_op(
 ) -> Tensor:
     """Return `[P, O]`; `slots` is K, or 0 for free pairs; an empty `activation` is none."""
     plan = _plan(weight_EOD, token_P, expert_P, num_tokens, slots)
-    options = plan, gather, scatter, activation or None, gated, backend
+    name = grouped_backend("grouped_mm", backend, plan.num_pairs, (weight_EOD,), x, bias_EO)
+    options = plan, gather, scatter, activation or None, gated, name
     with no_autocast(x.device):
         return GroupedMM.apply(x, weight_EOD, bias_EO, weights_P, residual, *options)
 
@@ -69,14 +71,15 @@ def grouped_mm_backward_op(
 ) -> list[Tensor]:
     """Return the gradients of the first five inputs; an empty tensor stands for one that is not needed."""
     plan = _plan(weight_EOD, token_P, expert_P, num_tokens, slots)
+    name = grouped_backend("grouped_mm", backend, plan.num_pairs, (weight_EOD,), x, bias_EO, dy)
     *needs, need_residual = needs
     z_PF = None
     with no_autocast(x.device):
         if needs_rows(activation or None, weights_P, needs[3]):
             plain = {"weights_P": None, "residual": None, "activation": None, "gated": False}
             options = {"gather": gather, "scatter": False, "bias_EO": bias_EO, "keep": True}
-            _, z_PF = implementation(backend).rows(x, weight_EOD, plan, **options, **plain)
-        how = gather, scatter, activation or None, gated, backend
+            _, z_PF = implementation(name).rows(x, weight_EOD, plan, **options, **plain)
+        how = gather, scatter, activation or None, gated, name
         found = gradients(dy, x, weight_EOD, weights_P, z_PF, plan, *how, tuple(needs))
     # an operator's result must not alias its inputs
     last = residual.new_empty(residual.shape).copy_(dy) if need_residual else None

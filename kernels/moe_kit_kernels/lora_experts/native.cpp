@@ -13,18 +13,16 @@
 // Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, W one of the widths, R rows, C columns of registers.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
+
+#include "vectors.h"
 
 namespace {
 
 #if defined(__AVX512F__)
-// 32 registers of 16 numbers
-constexpr int LANES = 16, DOT_RANKS = 4, ADD_COLUMNS = 4, SUM_RANKS = 8, SUM_COLUMNS = 3;
+constexpr int DOT_RANKS = 4, ADD_COLUMNS = 4, SUM_RANKS = 8, SUM_COLUMNS = 3;
 #else
-// 16 registers of 8 numbers
-constexpr int LANES = 8, DOT_RANKS = 2, ADD_COLUMNS = 2, SUM_RANKS = 4, SUM_COLUMNS = 2;
+constexpr int DOT_RANKS = 2, ADD_COLUMNS = 2, SUM_RANKS = 4, SUM_COLUMNS = 2;
 #endif
 constexpr int ROWS = 4;
 // rows of one column lie far apart, where no hardware looks ahead
@@ -33,42 +31,6 @@ constexpr int64_t MAX_RANK = 256;
 // pairs of a table that a thread sorts by insertion
 constexpr int64_t FEW_PAIRS = 128;
 constexpr int64_t TASKS_A_THREAD = 8;
-
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
-// the same at any address of a float
-typedef float Loose __attribute__((vector_size(LANES * sizeof(float)), aligned(alignof(float)), may_alias));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
-inline void store(float* to, Vector v) { *reinterpret_cast<Loose*>(to) = v; }
-
-// a * b + c, rounded as in the loops over registers: what a column gets must not depend on which loop it falls into
-inline float fused(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-// sum of N neighbouring numbers, by halves
-template <int N>
-inline float sum_of(const float* v) {
-    if constexpr (N == 1) {
-        return *v;
-    } else {
-        typedef float Half __attribute__((vector_size(N / 2 * sizeof(float)), aligned(alignof(float)), may_alias));
-        const Half s = *reinterpret_cast<const Half*>(v) + *reinterpret_cast<const Half*>(v + N / 2);
-        float halves[N / 2];
-        std::memcpy(halves, &s, sizeof halves);
-        return sum_of<N / 2>(halves);
-    }
-}
-
-inline float sum_of(Vector v) {
-    float numbers[LANES];
-    std::memcpy(numbers, &v, sizeof numbers);
-    return sum_of<LANES>(numbers);
-}
 
 // h[r][c] = <x_r, m_c> over W
 template <int R, int C>

@@ -10,13 +10,12 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import fail
-from moe_kit_kernels.common.native import Native
+from moe_kit_kernels.common.native import Native, is_plain, is_watched, kinds, pointer, run
 from moe_kit_kernels.lora_experts.call import Call, Gradients, Needs, finished, started
 from moe_kit_kernels.lora_experts.cpu import is_joined
 from moe_kit_kernels.route_plan import RoutePlan
@@ -32,9 +31,7 @@ _WORK_A_THREAD = 1 << 19
 # pairs that native.cpp sorts by itself
 _FEW_PAIRS = 128
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-SOURCE = Path(__file__).with_name("native.cpp")
-_NATIVE = Native(SOURCE)
+NATIVE = Native(Path(__file__).with_name("native.cpp"))
 
 
 class _Order(ctypes.Structure):
@@ -73,27 +70,19 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 @lru_cache(maxsize=1)
 def _functions() -> ctypes.CDLL:
     """The functions; only where `available`."""
-    library = _NATIVE.library
+    library = NATIVE.library
     assert library is not None
     return declare(library)
 
 
-def _run(function: Any, *arguments: Any) -> int:
-    """Call C++; a profiler sees it by its name."""
-    if not torch.autograd._profiler_enabled():
-        return function(*arguments)
-    with torch.profiler.record_function(function.__name__):
-        return function(*arguments)
-
-
 def available() -> bool:
     """Tell whether the C++ runs here; the first call compiles it where it never was."""
-    return _NATIVE.library is not None
+    return NATIVE.available
 
 
 def why_not() -> str:
     """Why it does not; empty when it does."""
-    return _NATIVE.why_not
+    return NATIVE.why_not
 
 
 def serves(rank: int, *tensors: Tensor | None) -> bool:
@@ -106,7 +95,7 @@ def serves(rank: int, *tensors: Tensor | None) -> bool:
     Returns:
         True where it `takes` them, unless a dispatch mode looks on (a FLOP counter, fake tensors), which would see nothing.
     """
-    return not torch._C._len_torch_dispatch_stack() and takes(rank, *tensors)
+    return not is_watched() and takes(rank, *tensors)
 
 
 def takes(rank: int, *tensors: Tensor | None) -> bool:
@@ -119,12 +108,7 @@ def takes(rank: int, *tensors: Tensor | None) -> bool:
     Returns:
         True for plain float32 tensors on the CPU up to `MAX_RANK`, where the C++ runs.
     """
-    if not 0 < rank <= MAX_RANK:
-        return False
-    for tensor in tensors:
-        if tensor is not None and not (tensor.dtype is torch.float32 and tensor.is_cpu and type(tensor) in _PLAIN):
-            return False
-    return available()
+    return 0 < rank <= MAX_RANK and is_plain(*tensors) and available()
 
 
 def check(operator: str, rank: int, *tensors: Tensor | None) -> None:
@@ -140,19 +124,13 @@ def check(operator: str, rank: int, *tensors: Tensor | None) -> None:
     """
     if takes(rank, *tensors):
         return
-    given = [t for t in tensors if t is not None]
-    kinds = sorted({f"{t.dtype} on {t.device.type}".removeprefix("torch.") for t in given})
     fix = 'Pass backend="auto", which runs plain PyTorch here'
-    if kinds != ["float32 on cpu"]:
-        raise fail(operator, "backend", f"'native' with {' and '.join(kinds)}", "float32 on the CPU", fix)
+    if (given := kinds(*tensors)) != "float32 on cpu":
+        raise fail(operator, "backend", f"'native' with {given}", "float32 on the CPU", fix)
     if not 0 < rank <= MAX_RANK:
         raise fail(operator, "backend", f"'native' with rank {rank}", f"ranks 1 to {MAX_RANK}", fix)
     why = why_not() or "the tensors are of a subclass"
     raise fail(operator, "backend", f"'native', which cannot run: {why}", "native code", fix)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class Order:
@@ -171,12 +149,12 @@ class Order:
         blocks = threads * max(1, -(-T // (largest * threads)))
         block = max(1, -(-T // blocks))
         # tokens, pairs and first places in one allocation
-        self.places = torch.empty(2 * P + blocks * E + 2, dtype=torch.int32)
+        self.places = plan.expert_P.new_empty(2 * P + blocks * E + 2, dtype=torch.int32)
         token = self.places.data_ptr()
         pair, start = token + 4 * P, token + 8 * P
         expert_P, free = plan.expert_P.contiguous(), plan.free_token_P
         by_token = None if free is None else plan.token_order_P
-        given = (expert_P.data_ptr(), _pointer(free), _pointer(by_token))
+        given = (expert_P.data_ptr(), pointer(free), pointer(by_token))
         _functions().moe_kit_order(*given, P, plan.slots or 1, E, block, blocks, token, pair, start)
         self.struct = _Order(token, pair, start, blocks, E)
         self.address = ctypes.addressof(self.struct)
@@ -227,7 +205,7 @@ def add(
         a_ELD, b_ELO = a_ELD.contiguous(), _rows(b_EOL)
         H_PL = x_TD.new_empty(P, L) if keep else None
         order = Order.of(plan, threads).address
-        _run(
+        run(
             forward,
             order,
             x,
@@ -235,7 +213,7 @@ def add(
             b_ELO.data_ptr(),
             w,
             y_TO.data_ptr(),
-            _pointer(H_PL),
+            pointer(H_PL),
             scale,
             D,
             O,
@@ -286,7 +264,7 @@ def add_table(
     w, y = weights_TK.data_ptr(), y_TO.data_ptr()
     D = x_TD.shape[1]
     threads = min(max(1, T), _threads(T * K * L * (D + O)))
-    lowest = _run(_functions().moe_kit_lora_table, ids, x, a, b, w, y, scale, T, K, E, D, O, L, threads)
+    lowest = run(_functions().moe_kit_lora_table, ids, x, a, b, w, y, scale, T, K, E, D, O, L, threads)
     if lowest < -1:
         raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
     return finished(y_TO, base_TO, owned)
@@ -328,7 +306,7 @@ class DecodeBanks:
         Returns:
             True for float32 weights of a few pairs; False while a dispatch mode looks on, which would see nothing.
         """
-        return is_few(ids_TK) and weights_TK.dtype is torch.float32 and not torch._C._len_torch_dispatch_stack()
+        return is_few(ids_TK) and weights_TK.dtype is torch.float32 and not is_watched()
 
     def add(self, results: Sequence[Tensor], x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, scale: float) -> None:
         """Add the experts of all linears to their results.
@@ -365,7 +343,7 @@ def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Te
         dB_ELO = torch.empty_like(b_ELO) if needs.B[i] else None
         G_PL = dy_TO.new_empty(P, L) if needs.B[i] else None
         dH_PL = dy_TO.new_empty(P, L) if needs.x or needs.A[i] else None
-        _run(
+        run(
             backward,
             Order.of(plan, threads).address,
             x_TD.data_ptr(),
@@ -375,11 +353,11 @@ def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Te
             kept[i].data_ptr() if kept else None,
             dy_TO.data_ptr(),
             dx.data_ptr() if needs.x else None,
-            _pointer(dweights),
-            _pointer(dA[i]),
-            _pointer(dB_ELO),
-            _pointer(G_PL),
-            _pointer(dH_PL),
+            pointer(dweights),
+            pointer(dA[i]),
+            pointer(dB_ELO),
+            pointer(G_PL),
+            pointer(dH_PL),
             scale,
             D,
             O,

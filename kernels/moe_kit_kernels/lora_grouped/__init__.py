@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape
 from moe_kit_kernels.grouped_mm import grouped_mm
-from moe_kit_kernels.grouped_mm.backend import resolve_backend
+from moe_kit_kernels.grouped_mm.backend import grouped_backend
 from moe_kit_kernels.lora_grouped import reference
 from moe_kit_kernels.lora_grouped.autograd import LoraGrouped
 from moe_kit_kernels.route_plan import RoutePlan, check_plan_device
@@ -42,7 +42,7 @@ def lora_grouped(
         gather: Read row `token(p)` of x instead of row p.
         scatter: Return rows in the order in which the pairs were given instead of sorted by expert.
         scale: LoRA's alpha / rank.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "native" (C++ on the CPU), "cpu" (plain PyTorch), "triton" or "reference".
 
     Returns:
         `[P, O]` of x's dtype; rows of dropped pairs are zero. Differentiable in x, weight, A and B.
@@ -70,20 +70,20 @@ def lora_grouped(
     check_shape("lora_grouped", "B_EOL", B_EOL, (E, O, L), "experts and width of the weight, rank of A")
     check_device("lora_grouped", x.device, weight_EOD=weight_EOD, A_ELD=A_ELD, B_EOL=B_EOL)
     check_plan_device("lora_grouped", x.device, plan)
-    name = resolve_backend("lora_grouped", backend, x.device)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         weight_EOD = weight_EOD.to(dtype)
     compute = weight_EOD.dtype
     x, A_ELD, B_EOL = x.to(compute), A_ELD.to(compute), B_EOL.to(compute)
+    name = grouped_backend("lora_grouped", backend, plan.num_pairs, (weight_EOD, A_ELD, B_EOL), x)
     if name == "reference":
         y = reference.lora_grouped(x, weight_EOD, A_ELD, B_EOL, plan, gather=gather, scatter=scatter, scale=scale)
     elif torch.compiler.is_compiling():
         # three grouped products: each is one operator of the graph
-        h_PL = grouped_mm(x, A_ELD, plan, gather=gather, backend=name) * scale
-        base_PO = grouped_mm(x, weight_EOD, plan, gather=gather, scatter=scatter, backend=name)
-        y = grouped_mm(h_PL, B_EOL, plan, scatter=scatter, residual=base_PO, backend=name)
+        h_PL = grouped_mm(x, A_ELD, plan, gather=gather, backend=backend) * scale
+        base_PO = grouped_mm(x, weight_EOD, plan, gather=gather, scatter=scatter, backend=backend)
+        y = grouped_mm(h_PL, B_EOL, plan, scatter=scatter, residual=base_PO, backend=backend)
     else:
         y = LoraGrouped.apply(x, weight_EOD, A_ELD, B_EOL, plan, gather, scatter, scale, name)
     return y.to(dtype)

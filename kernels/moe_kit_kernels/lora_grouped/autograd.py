@@ -1,4 +1,4 @@
-"""Autograd function of LoRA on every expert; both implementations offer the same four functions (`cpu.py`, `triton.py`)."""
+"""Autograd function of LoRA on every expert; `native.py`, `cpu.py` and `triton.py` offer the same four functions."""
 
 from types import ModuleType
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.backward import first_order
-from moe_kit_kernels.lora_grouped import cpu
+from moe_kit_kernels.lora_grouped import cpu, native
 from moe_kit_kernels.route_plan import RoutePlan
 
 
@@ -15,7 +15,7 @@ def _implementation(backend: str) -> ModuleType:
         from moe_kit_kernels.lora_grouped import triton
 
         return triton
-    return cpu
+    return native if backend == "native" else cpu
 
 
 class LoraGrouped(torch.autograd.Function):

@@ -13,7 +13,8 @@ the sorted pieces, so it does not pay for them.
 
 Legend: T tokens, K slots a token, P pairs (T*K for token choice), E experts.
 
-On a GPU three launches of `triton.py` make all sorted pieces at once, also those of each slot of a table.
+On a GPU three launches of `triton.py` make all sorted pieces at once, also those of each slot of a table; on a CPU one call of
+`native.cpp` does where it runs.
 
 Sources: stable sort by expert as in MegaBlocks (arXiv 2211.15841); a tile map without padded memory as in SonicMoE
 (arXiv 2512.14080). It is not a dispatch: no row of any activation moves here.
@@ -32,6 +33,7 @@ from torch import Tensor
 from moe_kit_kernels.common.cached import cached
 from moe_kit_kernels.common.checks import check_device, fail
 from moe_kit_kernels.common.device import has_triton
+from moe_kit_kernels.route_plan import native
 
 MAX_EXPERTS = 1023
 """E of the planning kernels at most: a program holds a number for each expert."""
@@ -51,11 +53,17 @@ def on_kernels(plan: RoutePlan) -> bool:
 
 
 def _sorted_piece(function: Callable[[RoutePlan], Tensor]) -> cached[Tensor]:
-    """A cached property that the kernels make where they serve, together with all others of its kind."""
+    """A cached property that the kernels or the C++ make where they serve, together with all others of its kind."""
 
     @functools.wraps(function)
     def piece(plan: RoutePlan) -> Tensor:
-        return plan._sort(function.__name__) if on_kernels(plan) else function(plan)
+        if on_kernels(plan):
+            return plan._sort(function.__name__)
+        if native.serves(plan):
+            # a piece that was read already stays the tensor that it was
+            plan.__dict__.update({**native.sort_pairs(plan), **plan.__dict__})
+            return plan.__dict__[function.__name__]
+        return function(plan)
 
     return cached(piece)
 
@@ -78,6 +86,10 @@ class RoutePlan:
     """K when the pairs are the rows of a [T, K] table of ids, in that order; None for free pairs."""
     free_token_P: Tensor | None = None
     """[P] token of each free pair, in [0, T); None for a table. Read `token_P`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what C++ was told holds addresses, which mean nothing elsewhere
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_native")}
 
     @property
     def num_pairs(self) -> int:

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 from moe_kit_kernels import KernelError, lora_experts, lora_linear_group, route_plan, route_plan_pairs
-from moe_kit_kernels.common.native import FLAGS, _compiler
+from moe_kit_kernels.common.native import FLAGS, INCLUDE, _compiler
 from moe_kit_kernels.lora_experts import native
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -264,8 +264,8 @@ def compiled_otherwise(text, folder, *flags):
 @pytest.mark.parametrize("machine", [("-mavx2", "-mfma"), ()], ids=["AVX2", "any x86-64"])
 def test_other_vector_widths(machine, tmp_path, monkeypatch, poison_empty):
     """The branch without 512-bit registers, which runs here too."""
-    flags = [flag for flag in FLAGS if flag != "-march=native"]
-    loaded = compiled_otherwise(native.SOURCE.read_text(), tmp_path, *flags, *machine)
+    flags = [INCLUDE, *(flag for flag in FLAGS if flag != "-march=native")]
+    loaded = compiled_otherwise(native.NATIVE.source.read_text(), tmp_path, *flags, *machine)
     monkeypatch.setattr(native, "_functions", lambda: loaded)
     for case in ("whole", "tails", "blocks"):
         check(*make(**WIDE[case], dtype=torch.float32))
@@ -290,9 +290,9 @@ PLANTED = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_seen(bug, tmp_path, monkeypatch, poison_empty):
     old, new = PLANTED[bug]
-    text = native.SOURCE.read_text()
+    text = native.NATIVE.source.read_text()
     assert old in text, "the source changed: plant the bug anew"
-    flags = [{"-O3": "-O1"}.get(flag, flag) for flag in FLAGS]
+    flags = [INCLUDE, *({"-O3": "-O1"}.get(flag, flag) for flag in FLAGS)]
     loaded = compiled_otherwise(text.replace(old, new), tmp_path, *flags)
     monkeypatch.setattr(native, "_functions", lambda: loaded)
     twice = torch.tensor(IDS["one expert twice in a token"])

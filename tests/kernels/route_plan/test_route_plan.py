@@ -1,10 +1,14 @@
 """Invariants of the routing plan first, then equality with the plan made by hand."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_kit_kernels import KernelError, route_plan, route_plan_pairs
+from moe_kit_kernels import KernelError, grouped_mm, lora_experts, route_plan, route_plan_pairs
+from moe_kit_kernels.route_plan import native
 from moe_kit_kernels.route_plan.reference import route_plan_reference
 
 
@@ -46,6 +50,61 @@ def test_table_of_ids_equals_its_pairs(T, K, E, random):
             if 0 <= ids[t, k] < E:
                 dense[t, ids[t, k]] += weights[t, k]
     torch.testing.assert_close(table.dense_TE(weights), dense)
+
+
+@pytest.mark.skipif(not native.NATIVE.available, reason=f"native code does not run here: {native.NATIVE.why_not}")
+@pytest.mark.parametrize(("T", "E", "K"), [(0, 3, 2), (1, 8, 2), (40, 512, 3), (500, 7, 2)])
+@pytest.mark.parametrize("free", [False, True])
+def test_pieces_in_cpp_equal_those_in_pytorch(T, E, K, free, monkeypatch, poison_empty):
+    ids = torch.randint(-1, E + 2, (T, K))
+    token_P = torch.randint(-1, T + 1, (T * K,))
+
+    def plan():
+        return route_plan_pairs(token_P, ids.reshape(-1), T, E) if free else route_plan(ids, E)
+
+    names = ("order_P", "inverse_P", "sorted_token_P", "sorted_expert_P", "counts_E", "offsets_E1")
+    found, slots = plan(), [] if free else plan().slot_plans
+    assert native.serves(found)
+    pieces = [native.sort_pairs(p) for p in (found, *slots)]
+    monkeypatch.setattr(native, "serves", lambda plan: False)
+    for own, plain in zip(pieces, [plan(), *([] if free else plan().slot_plans)], strict=True):
+        assert set(own) == set(names)
+        for name in names:
+            assert torch.equal(own[name], getattr(plain, name)), name
+
+
+def test_a_piece_that_was_read_stays():
+    plan = route_plan(torch.tensor([[1, 0]]), 2)
+    kept = plan.order_P.clone()
+    for name in ("order_P", "inverse_P", "sorted_token_P", "sorted_expert_P", "counts_E", "offsets_E1"):
+        plan.__dict__.pop(name, None)
+    plan.__dict__["order_P"] = kept
+    assert plan.counts_E.tolist() == [1, 1]
+    assert plan.order_P is kept
+
+
+def test_ids_that_changed_behind_a_plan():
+    ids = torch.zeros(4, 2, dtype=torch.long)
+    plan = route_plan(ids, 4)
+    ids.fill_(10**6)
+    with pytest.raises((KernelError, RuntimeError, IndexError)):
+        _ = plan.counts_E
+
+
+def test_a_plan_that_was_used_can_be_copied():
+    ids = torch.tensor([[1, 0], [0, 2]])
+    plan = route_plan(ids, 3)
+    x = torch.randn(2, 4)
+    grouped_mm(x, torch.randn(3, 5, 4), plan, gather=True)
+    lora_experts(x, torch.randn(3, 2, 4), torch.randn(3, 5, 2), None, torch.rand(2, 2), plan=plan)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(plan)))
+    assert torch.equal(again.order_P, plan.order_P)
+    assert torch.equal(again.counts_E, plan.counts_E)
+
+
+def test_the_default_device_does_not_matter():
+    with torch.device("meta"):
+        assert route_plan(torch.tensor([[1, 0]], device="cpu"), 2).order_P.tolist() == [1, 0]
 
 
 def test_many_experts_and_no_tokens():

@@ -1,0 +1,347 @@
+"""Grouped GEMM in C++ on the CPU, float32: `native.cpp`, compiled on first use.
+
+It has the functions of `cpu.py` (`rows`, `grad_rows`, `grad_stacks`) and the three products under them, which the feed-forward
+experts call with more around them. The products read rows where they lie.
+
+Shapes: P pairs sorted by expert, E experts, D width in, O width out, F pre-activation width, H activation width.
+"""
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_kit_kernels.common.checks import fail
+from moe_kit_kernels.common.native import Native, is_plain, is_watched, kinds, pointer, run
+from moe_kit_kernels.grouped_mm.cpu import combine, finish, grad_bias
+from moe_kit_kernels.route_plan import RoutePlan
+
+# numbers of the activations in native.cpp; 0 is none
+_ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
+# multiplications that are worth waking a second thread for (measured)
+_WORK_A_THREAD = 1 << 19
+# columns of a tile in native.cpp
+_COLUMNS = 64
+
+NATIVE = Native(Path(__file__).with_name("native.cpp"))
+
+
+class _Pairs(ctypes.Structure):
+    """`struct Pairs` of native.cpp."""
+
+    _fields_ = [
+        ("offsets", ctypes.c_void_p),
+        ("token", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("experts", ctypes.c_int64),
+    ]
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the signatures of native.cpp.
+
+    Args:
+        library: the loaded library.
+
+    Returns:
+        The same.
+    """
+    address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.moe_kit_grouped_rows.argtypes = [address] * 6 + [size] * 2 + [number] * 6
+    library.moe_kit_grouped_through.argtypes = [address] * 9 + [size] * 2 + [number] * 4
+    library.moe_kit_grouped_sums.argtypes = [address] * 4 + [size] * 2 + [number] * 3
+    for function in (library.moe_kit_grouped_rows, library.moe_kit_grouped_through, library.moe_kit_grouped_sums):
+        function.restype = None
+    return library
+
+
+@lru_cache(maxsize=1)
+def _functions() -> ctypes.CDLL:
+    """The functions; only where `available`."""
+    library = NATIVE.library
+    assert library is not None
+    return declare(library)
+
+
+def available() -> bool:
+    """Tell whether the C++ runs here; the first call compiles it where it never was."""
+    return NATIVE.available
+
+
+def why_not() -> str:
+    """Why it does not; empty when it does."""
+    return NATIVE.why_not
+
+
+def _lies(stack_EOD: Tensor) -> bool:
+    """Tell whether a stack lies as [E, O, D] or as [E, D, O]."""
+    return stack_EOD.is_contiguous() or stack_EOD.transpose(1, 2).is_contiguous()
+
+
+def takes(stacks: tuple[Tensor, ...], *tensors: Tensor | None) -> bool:
+    """Tell whether the C++ takes the tensors of a call.
+
+    Args:
+        stacks: the experts' matrices, [E, O, D] each.
+        *tensors: all others; None is skipped.
+
+    Returns:
+        True for plain float32 tensors on the CPU, the stacks laid out as [E, O, D] or as [E, D, O], where the C++ runs.
+    """
+    return is_plain(*stacks, *tensors) and all(map(_lies, stacks)) and available()
+
+
+def serves(stacks: tuple[Tensor, ...], *tensors: Tensor | None) -> bool:
+    """Tell whether the C++ should run a call in eager mode.
+
+    Args:
+        stacks: the experts' matrices, [E, O, D] each.
+        *tensors: all others; None is skipped.
+
+    Returns:
+        True where it `takes` them, unless a dispatch mode looks on, which would see nothing.
+    """
+    return not is_watched() and takes(stacks, *tensors)
+
+
+def check(operator: str, stacks: tuple[Tensor, ...], *tensors: Tensor | None) -> None:
+    """Check that the C++ can run where it was asked for by name.
+
+    Args:
+        operator: public name, for messages.
+        stacks: the experts' matrices, [E, O, D] each.
+        *tensors: all others; None is skipped.
+
+    Raises:
+        KernelError: it does not take them, or does not run here.
+    """
+    if takes(stacks, *tensors):
+        return
+    fix = 'Pass backend="auto", which runs plain PyTorch here'
+    if (given := kinds(*stacks, *tensors)) != "float32 on cpu":
+        raise fail(operator, "backend", f"'native' with {given}", "float32 on the CPU", fix)
+    if not all(map(_lies, stacks)):
+        strides = " and ".join(str(stack.stride()) for stack in stacks)
+        raise fail(operator, "backend", f"'native' with strides {strides}", "stacks [E, O, D] or [E, D, O]", fix)
+    why = why_not() or "the tensors are of a subclass"
+    raise fail(operator, "backend", f"'native', which cannot run: {why}", "native code", fix)
+
+
+def pairs(plan: RoutePlan) -> _Pairs:
+    """The plan's sorted pairs as the C++ reads them, made once.
+
+    Args:
+        plan: the routing, on the CPU.
+    """
+    kept = plan.__dict__.get("_native_pairs")
+    if kept is None:
+        tensors = plan.offsets_E1, plan.sorted_token_P, plan.order_P
+        assert all(t.is_contiguous() for t in tensors)
+        made = _Pairs(*(t.data_ptr() for t in tensors), plan.num_experts)
+        made.tensors = tensors
+        # another thread may have been first, and C++ be reading it
+        kept = plan.__dict__.setdefault("_native_pairs", made)
+    return kept
+
+
+def threads_for(work: int) -> int:
+    """Threads for so many multiplications.
+
+    Args:
+        work: multiplications of a call.
+    """
+    return min(torch.get_num_threads(), 1 + work // _WORK_A_THREAD)
+
+
+def product(
+    x: Tensor,
+    weight_EOD: Tensor,
+    plan: RoutePlan,
+    *,
+    gather: bool,
+    bias_EO: Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+    keep: bool = False,
+    into_PO: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Multiply the rows of each expert by its matrix, and do what follows while they are in cache.
+
+    Args:
+        x: [T, D] tokens with `gather`, else [P, D] sorted rows.
+        weight_EOD: [E, O, D], as `takes` wants it.
+        plan: the routing.
+        gather: x holds tokens.
+        bias_EO: [E, O], optional.
+        activation: None or a name in `activations.ACTIVATIONS`.
+        gated: the activation of the first half multiplies the second.
+        keep: return the pre-activations.
+        into_PO: contiguous sorted rows to add to, in place; without an activation.
+
+    Returns:
+        [P, O] sorted rows ([P, O/2] when gated), zero for dropped pairs, and with `keep` the pre-activations [P, O].
+    """
+    O, D = weight_EOD.shape[1:]
+    P, H = plan.num_pairs, O // 2 if gated else O
+    x, bias_EO = x.contiguous(), None if bias_EO is None else bias_EO.contiguous()
+    h_PH = None if activation is None else x.new_empty(P, H)
+    z_PO = into_PO
+    if z_PO is None and (keep or h_PH is None):
+        z_PO = x.new_empty(P, O)
+    run(
+        _functions().moe_kit_grouped_rows,
+        ctypes.byref(pairs(plan)),
+        x.data_ptr(),
+        weight_EOD.data_ptr(),
+        pointer(bias_EO),
+        pointer(z_PO),
+        pointer(h_PH),
+        D,
+        O,
+        gather,
+        not weight_EOD.is_contiguous(),
+        into_PO is not None,
+        _ACTIVATIONS[activation],
+        gated,
+        threads_for(P * O * D),
+    )
+    _clear_dropped(plan, z_PO, h_PH)
+    result = z_PO if h_PH is None else h_PH
+    assert result is not None
+    return result, z_PO if keep else None
+
+
+def _clear_dropped(plan: RoutePlan, *sorted_rows: Tensor | None) -> None:
+    """Write zeros to the rows of dropped pairs, which the C++ leaves out."""
+    kept = plan.host_offsets[-1]
+    for rows_P in sorted_rows:
+        if rows_P is not None and kept < plan.num_pairs:
+            rows_P[kept:] = 0
+
+
+def through(
+    dy_TD: Tensor,
+    down_EDH: Tensor,
+    weights_P: Tensor,
+    z_PF: Tensor,
+    plan: RoutePlan,
+    activation: str,
+    *,
+    need_z: bool,
+    need_h: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Go back through the second product of the feed-forward experts and their activation.
+
+    Args:
+        dy_TD: [T, D] gradient of the result.
+        down_EDH: second stack, as `takes` wants it.
+        weights_P: [P] in the given order.
+        z_PF: pre-activations of the sorted rows.
+        plan: the routing.
+        activation: a name in `activations.ACTIVATIONS`.
+        need_z: return the gradient of z.
+        need_h: return the weighted activations.
+        need_weights: return the gradient of the weights, a bias of the second stack left out.
+
+    Returns:
+        dz [P, F] and w h [P, H] of the sorted rows, dweights [P] in the given order; None where nobody needs it.
+    """
+    D, H = down_EDH.shape[1:]
+    P, F = z_PF.shape
+    dy_TD, weights_P, z_PF = dy_TD.contiguous(), weights_P.contiguous(), z_PF.contiguous()
+    dz_PF = torch.empty_like(z_PF) if need_z else None
+    wh_PH = z_PF.new_empty(P, H) if need_h else None
+    # dropped pairs have none
+    dweights_P = torch.zeros_like(weights_P) if need_weights else None
+    parts = weights_P.new_empty(-(-H // _COLUMNS), P) if need_weights else None
+    run(
+        _functions().moe_kit_grouped_through,
+        ctypes.byref(pairs(plan)),
+        dy_TD.data_ptr(),
+        down_EDH.data_ptr(),
+        weights_P.data_ptr(),
+        z_PF.data_ptr(),
+        pointer(dz_PF),
+        pointer(wh_PH),
+        pointer(dweights_P),
+        pointer(parts),
+        D,
+        H,
+        # back through V: a matrix of H outputs over D inputs
+        down_EDH.is_contiguous(),
+        _ACTIVATIONS[activation],
+        F == 2 * H,
+        threads_for(P * D * H),
+    )
+    _clear_dropped(plan, dz_PF, wh_PH)
+    return dz_PF, wh_PH, dweights_P
+
+
+def sums(a: Tensor, b: Tensor, like_EOD: Tensor, plan: RoutePlan, *, gather: tuple[bool, bool]) -> Tensor:
+    """Sum the outer products of every expert's rows: the gradient of its matrix.
+
+    Args:
+        a: [P, O] sorted rows, or [T, O] tokens.
+        b: [P, D] sorted rows, or [T, D] tokens.
+        like_EOD: the stack, as `takes` wants it; the result is laid out like it.
+        plan: the routing.
+        gather: whether a and b hold tokens.
+
+    Returns:
+        [E, O, D], zeros for experts without rows.
+    """
+    O, D = like_EOD.shape[1:]
+    out_EOD = torch.empty_like(like_EOD)
+    a, b = a.contiguous(), b.contiguous()
+    work = plan.num_pairs * O * D + like_EOD.numel()
+    if not like_EOD.is_contiguous():
+        a, b, O, D, gather = b, a, D, O, gather[::-1]
+    run(
+        _functions().moe_kit_grouped_sums,
+        ctypes.byref(pairs(plan)),
+        a.data_ptr(),
+        b.data_ptr(),
+        out_EOD.data_ptr(),
+        O,
+        D,
+        *gather,
+        threads_for(work),
+    )
+    return out_EOD
+
+
+def rows(
+    x: Tensor,
+    weight_EOD: Tensor,
+    plan: RoutePlan,
+    *,
+    gather: bool,
+    scatter: bool,
+    bias_EO: Tensor | None,
+    weights_P: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    gated: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the operator's result `[P, O]` and, with `keep`, the pre-activations in sorted order."""
+    how = {"bias_EO": bias_EO, "activation": activation, "gated": gated, "keep": keep}
+    y_PO, z_PF = product(x, weight_EOD, plan, gather=gather, **how)
+    return finish(y_PO, plan, weights_P, residual, scatter), z_PF
+
+
+def grad_rows(dz_PF: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
+    """Return `dx`: by token (summed over its rows) with `gather`, else sorted."""
+    dx_PD, _ = product(dz_PF, weight_EOD.transpose(1, 2), plan, gather=False)
+    return combine(dx_PD, plan) if gather else dx_PD
+
+
+def grad_stacks(
+    dz_PF: Tensor, x: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the weight and of the bias, each where it is needed."""
+    dw = sums(dz_PF, x, weight_EOD, plan, gather=(False, gather)) if need_weight else None
+    return dw, grad_bias(dz_PF, plan) if need_bias else None
