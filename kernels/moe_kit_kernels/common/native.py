@@ -1,7 +1,7 @@
 """C++ of this package, compiled by the system's compiler on first use and kept in the user's cache, as Triton keeps its kernels.
 
 There is no build step at installation and no compiled wheel: the machine that runs the code compiles it for its own
-processor, in about three seconds. Where that cannot be done (no compiler, another system than Linux, a second OpenMP
+processor, in some seconds. Where that cannot be done (no compiler, another system than Linux, a second OpenMP
 runtime that would fight with PyTorch's) plain PyTorch serves, and `Native.why_not` says why.
 
 `MOE_KIT_NATIVE=0` in the environment switches native code off.
