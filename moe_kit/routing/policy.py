@@ -60,7 +60,7 @@ def plackett_luce_log_prob(logits: Tensor, ordered_ids: Tensor) -> Tensor:
         terms.append(remaining.log_softmax(-1).gather(-1, chosen))
         if slot + 1 < num_chosen:
             # an empty slot takes nothing away: what it points at stays
-            taken = logits.detach().gather(-1, chosen).masked_fill(~empty[..., slot : slot + 1], float("-inf"))
+            taken = remaining.gather(-1, chosen).masked_fill(~empty[..., slot : slot + 1], float("-inf"))
             remaining = remaining.scatter(-1, chosen, taken)
     if not terms:
         return torch.zeros_like(logits[..., 0])

@@ -157,6 +157,18 @@ def test_empty_slots_contribute_nothing():
     assert torch.equal(plackett_luce_log_prob(LOGITS, torch.tensor([2, -1, 0])), full)
 
 
+@pytest.mark.parametrize("slots", [[0, -1, 2], [-1, 2, 0], [-1, -1, 1], [2, -1, 0]])
+def test_empty_slots_change_neither_the_law_nor_its_gradient(slots):
+    """An empty slot points at no expert: it neither gives back one that is gone nor stops the gradient of one that stays."""
+    found = []
+    for ids in (slots, [e for e in slots if e >= 0]):
+        logits = LOGITS.clone().requires_grad_()
+        value = plackett_luce_log_prob(logits, torch.tensor(ids))
+        found.append((value.detach(), *torch.autograd.grad(value, logits)))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="at least 2 samples"):
         rloo_loss(torch.zeros(1, 3), torch.zeros(1, 3))
