@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moe_kit_kernels.common.cache import cache_dir
+from moe_kit_kernels.common.checks import fail
+from moe_kit_kernels.errors import KernelError
 
 logger = logging.getLogger(__name__)
 
@@ -100,22 +102,66 @@ def run(function: Any, *arguments: Any) -> Any:
         return function(*arguments)
 
 
+ADDRESS, SIZE, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+"""What functions take: a pointer, int64_t, int, float."""
+
+
 class Native:
     """One source file as a library.
 
     Args:
         source: the C++ file; its functions are `extern "C"`.
+        **takes: what each function takes. Results are int64_t; that of a function without one means nothing.
     """
 
-    def __init__(self, source: Path) -> None:
-        self.source = source
+    def __init__(self, source: Path, **takes: list[Any]) -> None:
+        self.source, self.takes = source, takes
 
     @cached_property
     def _found(self) -> tuple[ctypes.CDLL | None, str]:
         try:
-            return _load(self.source), ""
+            return self.declared(_load(self.source)), ""
         except _Unavailable as error:
             return None, str(error)
+
+    def declared(self, library: ctypes.CDLL) -> ctypes.CDLL:
+        """Tell ctypes the signatures.
+
+        Args:
+            library: the source, compiled.
+
+        Returns:
+            The same.
+        """
+        for name, takes in self.takes.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = takes, SIZE
+        return library
+
+    def refusal(self, operator: str, wrong: tuple[str, str] | None, *tensors: Tensor | None) -> KernelError:
+        """Say why C++ that was asked for by name cannot run.
+
+        Args:
+            operator: public name.
+            wrong: what it was given and what it takes, where these are not the tensors' dtypes and devices.
+            *tensors: the tensors of the call; None is skipped.
+
+        Returns:
+            The error to raise.
+        """
+        fix = 'Pass backend="auto", which runs plain PyTorch here'
+        if (given := kinds(*tensors)) != "float32 on cpu":
+            wrong = given, "float32 on the CPU"
+        if wrong is not None:
+            return fail(operator, "backend", f"'native' with {wrong[0]}", wrong[1], fix)
+        why = self.why_not or "the tensors are of a subclass"
+        return fail(operator, "backend", f"'native', which cannot run: {why}", "native code", fix)
+
+    @property
+    def functions(self) -> ctypes.CDLL:
+        """The library, where it is `available`."""
+        assert self.library is not None
+        return self.library
 
     @property
     def library(self) -> ctypes.CDLL | None:

@@ -7,14 +7,12 @@ Shapes: P pairs sorted by expert, E experts, D width in, O width out, F pre-acti
 """
 
 import ctypes
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moe_kit_kernels.common.checks import fail
-from moe_kit_kernels.common.native import Native, is_plain, is_watched, kinds, pointer, run
+from moe_kit_kernels.common.native import ADDRESS, NUMBER, SIZE, Native, is_plain, is_watched, pointer, run
 from moe_kit_kernels.grouped_mm.cpu import combine, finish, grad_bias
 from moe_kit_kernels.route_plan import RoutePlan
 
@@ -25,7 +23,12 @@ _WORK_A_THREAD = 1 << 19
 # columns of a tile in native.cpp
 _COLUMNS = 64
 
-NATIVE = Native(Path(__file__).with_name("native.cpp"))
+NATIVE = Native(
+    Path(__file__).with_name("native.cpp"),
+    moe_kit_grouped_rows=[ADDRESS] * 6 + [SIZE] * 2 + [NUMBER] * 6,
+    moe_kit_grouped_through=[ADDRESS] * 9 + [SIZE] * 2 + [NUMBER] * 4,
+    moe_kit_grouped_sums=[ADDRESS] * 4 + [SIZE] * 2 + [NUMBER] * 3,
+)
 
 
 class _Pairs(ctypes.Structure):
@@ -37,42 +40,6 @@ class _Pairs(ctypes.Structure):
         ("order", ctypes.c_void_p),
         ("experts", ctypes.c_int64),
     ]
-
-
-def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the signatures of native.cpp.
-
-    Args:
-        library: the loaded library.
-
-    Returns:
-        The same.
-    """
-    address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.moe_kit_grouped_rows.argtypes = [address] * 6 + [size] * 2 + [number] * 6
-    library.moe_kit_grouped_through.argtypes = [address] * 9 + [size] * 2 + [number] * 4
-    library.moe_kit_grouped_sums.argtypes = [address] * 4 + [size] * 2 + [number] * 3
-    for function in (library.moe_kit_grouped_rows, library.moe_kit_grouped_through, library.moe_kit_grouped_sums):
-        function.restype = None
-    return library
-
-
-@lru_cache(maxsize=1)
-def _functions() -> ctypes.CDLL:
-    """The functions; only where `available`."""
-    library = NATIVE.library
-    assert library is not None
-    return declare(library)
-
-
-def available() -> bool:
-    """Tell whether the C++ runs here; the first call compiles it where it never was."""
-    return NATIVE.available
-
-
-def why_not() -> str:
-    """Why it does not; empty when it does."""
-    return NATIVE.why_not
 
 
 def _lies(stack_EOD: Tensor) -> bool:
@@ -90,7 +57,7 @@ def takes(stacks: tuple[Tensor, ...], *tensors: Tensor | None) -> bool:
     Returns:
         True for plain float32 tensors on the CPU, the stacks laid out as [E, O, D] or as [E, D, O], where the C++ runs.
     """
-    return is_plain(*stacks, *tensors) and all(map(_lies, stacks)) and available()
+    return is_plain(*stacks, *tensors) and all(map(_lies, stacks)) and NATIVE.available
 
 
 def serves(stacks: tuple[Tensor, ...], *tensors: Tensor | None) -> bool:
@@ -119,14 +86,9 @@ def check(operator: str, stacks: tuple[Tensor, ...], *tensors: Tensor | None) ->
     """
     if takes(stacks, *tensors):
         return
-    fix = 'Pass backend="auto", which runs plain PyTorch here'
-    if (given := kinds(*stacks, *tensors)) != "float32 on cpu":
-        raise fail(operator, "backend", f"'native' with {given}", "float32 on the CPU", fix)
-    if not all(map(_lies, stacks)):
-        strides = " and ".join(str(stack.stride()) for stack in stacks)
-        raise fail(operator, "backend", f"'native' with strides {strides}", "stacks [E, O, D] or [E, D, O]", fix)
-    why = why_not() or "the tensors are of a subclass"
-    raise fail(operator, "backend", f"'native', which cannot run: {why}", "native code", fix)
+    strides = " and ".join(str(stack.stride()) for stack in stacks)
+    wrong = None if all(map(_lies, stacks)) else (f"strides {strides}", "stacks [E, O, D] or [E, D, O]")
+    raise NATIVE.refusal(operator, wrong, *stacks, *tensors)
 
 
 def pairs(plan: RoutePlan) -> _Pairs:
@@ -191,7 +153,7 @@ def product(
     if z_PO is None and (keep or h_PH is None):
         z_PO = x.new_empty(P, O)
     run(
-        _functions().moe_kit_grouped_rows,
+        NATIVE.functions.moe_kit_grouped_rows,
         ctypes.byref(pairs(plan)),
         x.data_ptr(),
         weight_EOD.data_ptr(),
@@ -258,7 +220,7 @@ def through(
     dweights_P = torch.zeros_like(weights_P) if need_weights else None
     parts = weights_P.new_empty(-(-H // _COLUMNS), P) if need_weights else None
     run(
-        _functions().moe_kit_grouped_through,
+        NATIVE.functions.moe_kit_grouped_through,
         ctypes.byref(pairs(plan)),
         dy_TD.data_ptr(),
         down_EDH.data_ptr(),
@@ -300,7 +262,7 @@ def sums(a: Tensor, b: Tensor, like_EOD: Tensor, plan: RoutePlan, *, gather: tup
     if not like_EOD.is_contiguous():
         a, b, O, D, gather = b, a, D, O, gather[::-1]
     run(
-        _functions().moe_kit_grouped_sums,
+        NATIVE.functions.moe_kit_grouped_sums,
         ctypes.byref(pairs(plan)),
         a.data_ptr(),
         b.data_ptr(),

@@ -8,14 +8,13 @@ Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, 
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import fail
-from moe_kit_kernels.common.native import Native, is_plain, is_watched, kinds, pointer, run
+from moe_kit_kernels.common.native import ADDRESS, NUMBER, REAL, SIZE, Native, is_plain, is_watched, pointer, run
 from moe_kit_kernels.lora_experts.call import Call, Gradients, Needs, finished, started
 from moe_kit_kernels.lora_experts.cpu import is_joined
 from moe_kit_kernels.route_plan import RoutePlan
@@ -31,7 +30,13 @@ _WORK_A_THREAD = 1 << 19
 # pairs that native.cpp sorts by itself
 _FEW_PAIRS = 128
 
-NATIVE = Native(Path(__file__).with_name("native.cpp"))
+NATIVE = Native(
+    Path(__file__).with_name("native.cpp"),
+    moe_kit_order=[ADDRESS] * 3 + [SIZE] * 5 + [ADDRESS] * 3,
+    moe_kit_lora_forward=[ADDRESS] * 7 + [REAL] + [SIZE] * 3 + [NUMBER],
+    moe_kit_lora_backward=[ADDRESS] * 13 + [REAL] + [SIZE] * 3 + [NUMBER] * 2,
+    moe_kit_lora_table=[ADDRESS] * 6 + [REAL] + [SIZE] * 6 + [NUMBER],
+)
 
 
 class _Order(ctypes.Structure):
@@ -44,45 +49,6 @@ class _Order(ctypes.Structure):
         ("blocks", ctypes.c_int64),
         ("experts", ctypes.c_int64),
     ]
-
-
-def declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the signatures of native.cpp.
-
-    Args:
-        library: the loaded library.
-
-    Returns:
-        The same.
-    """
-    pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    library.moe_kit_order.argtypes = [pointer] * 3 + [size] * 5 + [pointer] * 3
-    library.moe_kit_order.restype = None
-    library.moe_kit_lora_forward.argtypes = [pointer] * 7 + [real] + [size] * 3 + [number]
-    library.moe_kit_lora_forward.restype = None
-    library.moe_kit_lora_backward.argtypes = [pointer] * 13 + [real] + [size] * 3 + [number] * 2
-    library.moe_kit_lora_backward.restype = None
-    library.moe_kit_lora_table.argtypes = [pointer] * 6 + [real] + [size] * 6 + [number]
-    library.moe_kit_lora_table.restype = size
-    return library
-
-
-@lru_cache(maxsize=1)
-def _functions() -> ctypes.CDLL:
-    """The functions; only where `available`."""
-    library = NATIVE.library
-    assert library is not None
-    return declare(library)
-
-
-def available() -> bool:
-    """Tell whether the C++ runs here; the first call compiles it where it never was."""
-    return NATIVE.available
-
-
-def why_not() -> str:
-    """Why it does not; empty when it does."""
-    return NATIVE.why_not
 
 
 def serves(rank: int, *tensors: Tensor | None) -> bool:
@@ -108,7 +74,7 @@ def takes(rank: int, *tensors: Tensor | None) -> bool:
     Returns:
         True for plain float32 tensors on the CPU up to `MAX_RANK`, where the C++ runs.
     """
-    return 0 < rank <= MAX_RANK and is_plain(*tensors) and available()
+    return 0 < rank <= MAX_RANK and is_plain(*tensors) and NATIVE.available
 
 
 def check(operator: str, rank: int, *tensors: Tensor | None) -> None:
@@ -124,13 +90,8 @@ def check(operator: str, rank: int, *tensors: Tensor | None) -> None:
     """
     if takes(rank, *tensors):
         return
-    fix = 'Pass backend="auto", which runs plain PyTorch here'
-    if (given := kinds(*tensors)) != "float32 on cpu":
-        raise fail(operator, "backend", f"'native' with {given}", "float32 on the CPU", fix)
-    if not 0 < rank <= MAX_RANK:
-        raise fail(operator, "backend", f"'native' with rank {rank}", f"ranks 1 to {MAX_RANK}", fix)
-    why = why_not() or "the tensors are of a subclass"
-    raise fail(operator, "backend", f"'native', which cannot run: {why}", "native code", fix)
+    wrong = None if 0 < rank <= MAX_RANK else (f"rank {rank}", f"ranks 1 to {MAX_RANK}")
+    raise NATIVE.refusal(operator, wrong, *tensors)
 
 
 class Order:
@@ -155,7 +116,7 @@ class Order:
         expert_P, free = plan.expert_P.contiguous(), plan.free_token_P
         by_token = None if free is None else plan.token_order_P
         given = (expert_P.data_ptr(), pointer(free), pointer(by_token))
-        _functions().moe_kit_order(*given, P, plan.slots or 1, E, block, blocks, token, pair, start)
+        NATIVE.functions.moe_kit_order(*given, P, plan.slots or 1, E, block, blocks, token, pair, start)
         self.struct = _Order(token, pair, start, blocks, E)
         self.address = ctypes.addressof(self.struct)
 
@@ -193,7 +154,7 @@ def add(
     """Add the experts to the results: see `Form.add`. H is n times [P, L]; rows of dropped pairs in it are not written."""
     plan, scale, x_TD, weights, A, B = call
     assert plan is not None
-    forward = _functions().moe_kit_lora_forward
+    forward = NATIVE.functions.moe_kit_lora_forward
     x_TD, weights = x_TD.contiguous(), weights.contiguous()
     D, P = x_TD.shape[1], plan.num_pairs
     x, w = x_TD.data_ptr(), weights.data_ptr()
@@ -264,7 +225,7 @@ def add_table(
     w, y = weights_TK.data_ptr(), y_TO.data_ptr()
     D = x_TD.shape[1]
     threads = min(max(1, T), _threads(T * K * L * (D + O)))
-    lowest = run(_functions().moe_kit_lora_table, ids, x, a, b, w, y, scale, T, K, E, D, O, L, threads)
+    lowest = run(NATIVE.functions.moe_kit_lora_table, ids, x, a, b, w, y, scale, T, K, E, D, O, L, threads)
     if lowest < -1:
         raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
     return finished(y_TO, base_TO, owned)
@@ -279,7 +240,7 @@ class DecodeBanks:
     """
 
     def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
-        self.function = _functions().moe_kit_lora_table
+        self.function = NATIVE.functions.moe_kit_lora_table
         self.banks = [
             (a.data_ptr(), b.data_ptr(), a.shape[0], a.shape[2], *b.shape[1:]) for a, b in zip(A, B, strict=True)
         ]
@@ -328,7 +289,7 @@ def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Te
     """Compute the gradients that are asked for: see `Form.gradients`."""
     plan, scale, x_TD, weights, A, B = call
     assert plan is not None
-    backward = _functions().moe_kit_lora_backward
+    backward = NATIVE.functions.moe_kit_lora_backward
     x_TD, weights = x_TD.contiguous(), weights.contiguous()
     n, P, D = len(dys), plan.num_pairs, x_TD.shape[1]
     dx = torch.zeros_like(x_TD) if dx is None and needs.x else dx

@@ -3,32 +3,20 @@
 Shapes: P pairs, E experts.
 """
 
-import ctypes
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import fail
-from moe_kit_kernels.common.native import Native, is_plain, is_watched, pointer, run
+from moe_kit_kernels.common.native import ADDRESS, SIZE, Native, is_plain, is_watched, pointer, run
 
 if TYPE_CHECKING:
     from moe_kit_kernels.route_plan.plan import RoutePlan
 
-NATIVE = Native(Path(__file__).with_name("native.cpp"))
+NATIVE = Native(Path(__file__).with_name("native.cpp"), moe_kit_sort=[ADDRESS] * 2 + [SIZE] * 3 + [ADDRESS] * 7)
 _PIECES = ("order_P", "inverse_P", "sorted_token_P", "sorted_expert_P", "counts_E", "offsets_E1")
-
-
-@lru_cache(maxsize=1)
-def _sort() -> Any:
-    assert NATIVE.library is not None
-    function = NATIVE.library.moe_kit_sort
-    address, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [address] * 2 + [size] * 3 + [address] * 7
-    function.restype = size
-    return function
 
 
 def serves(plan: "RoutePlan") -> bool:
@@ -62,7 +50,7 @@ def sort_pairs(plan: "RoutePlan") -> dict[str, Tensor]:
     sizes = (P, P, P, P, E, E + 1, E + 1)
     pieces = expert_P.new_empty(sum(sizes)).split(sizes)
     outside = run(
-        _sort(),
+        NATIVE.functions.moe_kit_sort,
         expert_P.data_ptr(),
         pointer(token_P),
         P,

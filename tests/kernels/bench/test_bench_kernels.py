@@ -53,7 +53,7 @@ def test_trace_of_one_step(tmp_path, capsys):
     kernels.main([*SMALL, "--operator", "lora_experts", "--trace", str(path)])
     names = {event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]}
     # a forward and a backward of ours, and no other side's
-    ours = {"moe_kit_lora_forward", "moe_kit_lora_backward"} if native.available() else {"aten::mm"}
+    ours = {"moe_kit_lora_forward", "moe_kit_lora_backward"} if native.NATIVE.available else {"aten::mm"}
     assert ours <= names
     assert any("Backward" in name for name in names)
     assert str(path) in capsys.readouterr().out

@@ -1,21 +1,17 @@
 """The grouped operators in C++ equal their references, whatever the layout, the number of threads and the vector width."""
 
-import ctypes
-import platform
-import subprocess
-
 import pytest
 import torch
 from moe_kit_kernels import KernelError, experts_mlp, grouped_mm, lora_grouped, route_plan, route_plan_pairs
-from moe_kit_kernels.common.native import FLAGS, INCLUDE, _compiler
 from moe_kit_kernels.grouped_mm import native
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.kernels.compiled import only_where_it_runs, other_vector_widths, plant, run_for
 from tests.kernels.experts_cases import EDGES, GRADIENTS, case, compare, ids_of, run
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=f"native code does not run here: {native.why_not()}")
+pytestmark = only_where_it_runs(native.NATIVE)
 
 
 def random_ids(T, K, E):
@@ -372,21 +368,10 @@ def test_refuses_what_it_does_not_take(monkeypatch):
     assert torch.equal(experts_mlp(**t, expert_ids_TK=ids), experts_mlp(**t, expert_ids_TK=ids, backend="cpu"))
 
 
-def compiled_otherwise(text, folder, *flags):
-    """The functions of a source, compiled with flags of one's own."""
-    source, library = folder / "native.cpp", folder / "native.so"
-    source.write_text(text)
-    subprocess.run([_compiler(), INCLUDE, *flags, str(source), "-o", str(library)], check=True)
-    return native.declare(ctypes.CDLL(str(library)))
-
-
-@pytest.mark.parametrize("machine", [("-mavx2", "-mfma"), ()], ids=["AVX2", "any x86-64"])
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
+@other_vector_widths
 def test_other_vector_widths(machine, tmp_path, monkeypatch, poison_empty):
     """The branch without 512-bit registers, which runs here too."""
-    flags = [flag for flag in FLAGS if flag != "-march=native"]
-    loaded = compiled_otherwise(native.NATIVE.source.read_text(), tmp_path, *flags, *machine)
-    monkeypatch.setattr(native, "_functions", lambda: loaded)
+    run_for(machine, native.NATIVE, tmp_path, monkeypatch)
     for wide in WIDE:
         for layout in LAYOUTS:
             check_experts(*WIDE[wide](), bias=True, layout=layout)
@@ -417,12 +402,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_seen(bug, tmp_path, monkeypatch, poison_empty):
-    old, new = PLANTED[bug]
-    text = native.NATIVE.source.read_text()
-    assert old in text, "the source changed: plant the bug anew"
-    flags = [{"-O3": "-O1"}.get(flag, flag) for flag in FLAGS]
-    loaded = compiled_otherwise(text.replace(old, new), tmp_path, *flags)
-    monkeypatch.setattr(native, "_functions", lambda: loaded)
+    plant(PLANTED[bug], native.NATIVE, tmp_path, monkeypatch)
 
     def everything_that_is_checked():
         for wide in ("tails", "deep", "a hot expert", "more rows than a tile"):

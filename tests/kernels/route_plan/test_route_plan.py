@@ -11,6 +11,8 @@ from moe_kit_kernels import KernelError, grouped_mm, lora_experts, route_plan, r
 from moe_kit_kernels.route_plan import native
 from moe_kit_kernels.route_plan.reference import route_plan_reference
 
+from tests.kernels.compiled import only_where_it_runs
+
 
 @st.composite
 def pairs(draw):
@@ -52,7 +54,7 @@ def test_table_of_ids_equals_its_pairs(T, K, E, random):
     torch.testing.assert_close(table.dense_TE(weights), dense)
 
 
-@pytest.mark.skipif(not native.NATIVE.available, reason=f"native code does not run here: {native.NATIVE.why_not}")
+@only_where_it_runs(native.NATIVE)
 @pytest.mark.parametrize(("T", "E", "K"), [(0, 3, 2), (1, 8, 2), (40, 512, 3), (500, 7, 2)])
 @pytest.mark.parametrize("free", [False, True])
 def test_pieces_in_cpp_equal_those_in_pytorch(T, E, K, free, monkeypatch, poison_empty):
