@@ -13,6 +13,7 @@ from moe_kit_kernels.common.autocast import no_autocast
 from moe_kit_kernels.common.checks import check_device, check_float, check_shape, fail
 from moe_kit_kernels.experts_mlp import reference
 from moe_kit_kernels.experts_mlp.autograd import ExpertsMLP, implementation
+from moe_kit_kernels.experts_mlp.call import Call
 from moe_kit_kernels.experts_mlp.ops import experts_mlp_op
 from moe_kit_kernels.grouped_mm.activations import ACTIVATIONS
 from moe_kit_kernels.grouped_mm.backend import grouped_backend
@@ -111,11 +112,12 @@ def experts_mlp(
             activation,
             backend,
         )
-    elif torch.is_grad_enabled():
-        y_TD = ExpertsMLP.apply(x_TD, up_EFD, down_EDH, weights_P, up_bias_EF, down_bias_ED, plan, activation, name)
     else:
-        run = implementation(name)
-        y_TD, _ = run.forward(x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED, activation, keep=False)
+        call = Call(x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED, activation)
+        if torch.is_grad_enabled():
+            y_TD = ExpertsMLP.apply(name, *call)
+        else:
+            y_TD, _ = implementation(name).forward(call, keep=False)
     return y_TD.to(dtype)
 
 

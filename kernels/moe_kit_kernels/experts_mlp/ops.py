@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_kit_kernels.common.autocast import no_autocast
 from moe_kit_kernels.experts_mlp.autograd import implementation
+from moe_kit_kernels.experts_mlp.call import Call, Needs
 from moe_kit_kernels.grouped_mm.backend import grouped_backend
 from moe_kit_kernels.route_plan import RoutePlan
 
@@ -35,12 +36,12 @@ def experts_mlp_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the result `[T, D]` and the pre-activations `[P, F]`; `slots` is K, or 0 for free pairs."""
     plan = _plan(x_TD, up_EFD, token_P, expert_P, slots)
-    tensors = x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED
+    call = Call(x_TD, up_EFD, down_EDH, plan, weights_P, up_bias_EF, down_bias_ED, activation)
     name = grouped_backend(
         "experts_mlp", backend, plan.num_pairs, (up_EFD, down_EDH), x_TD, weights_P, up_bias_EF, down_bias_ED
     )
     with no_autocast(x_TD.device):
-        y_TD, z_PF = implementation(name).forward(*tensors, activation, keep=True)
+        y_TD, z_PF = implementation(name).forward(call, keep=True)
     assert z_PF is not None
     return y_TD, z_PF
 
@@ -72,9 +73,9 @@ def experts_mlp_backward_op(
     name = grouped_backend(
         "experts_mlp", backend, plan.num_pairs, (up_EFD, down_EDH), x_TD, weights_P, down_bias_ED, dy_TD
     )
-    run = implementation(name).backward
+    call = Call(x_TD, up_EFD, down_EDH, plan, weights_P, None, down_bias_ED, activation)
     with no_autocast(x_TD.device):
-        gradients = run(dy_TD, x_TD, up_EFD, down_EDH, plan, weights_P, down_bias_ED, z_PF, activation, tuple(needs))
+        gradients = implementation(name).backward(call, dy_TD, z_PF, Needs(*needs))
     return [x_TD.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 

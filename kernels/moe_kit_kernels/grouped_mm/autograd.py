@@ -17,20 +17,20 @@ from moe_kit_kernels.grouped_mm.activations import activate_backward
 from moe_kit_kernels.route_plan import RoutePlan
 
 
-def implementation(backend: str) -> ModuleType:
-    """Return the module that runs a backend.
+def implementation(backend: str) -> ModuleType | cpu.Steps:
+    """Return what runs a backend.
 
     Args:
         backend: "native", "cpu" or "triton", as `grouped_backend` gave it.
 
     Returns:
-        `native`, `cpu` or `triton_rows`; the last is imported by the first call that needs it.
+        The steps of `native` or `cpu`, or the module `triton_rows`, which the first call that needs it imports.
     """
     if backend == "triton":
         from moe_kit_kernels.grouped_mm import triton_rows
 
         return triton_rows
-    return native if backend == "native" else cpu
+    return native.STEPS if backend == "native" else cpu.STEPS
 
 
 class GroupedMM(torch.autograd.Function):

@@ -15,7 +15,9 @@ With at most 8 rows an expert on average and most experts in use, calls cost as 
 Shapes: n rows of one expert, P pairs sorted by expert, E experts, D width in, O width out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,56 +145,80 @@ def forward(x_PD: Tensor, weight_EOD: Tensor, plan: RoutePlan, bias_EO: Tensor |
     return z_PO
 
 
-def rows(
+def product(
     x: Tensor,
     weight_EOD: Tensor,
     plan: RoutePlan,
     *,
     gather: bool,
-    scatter: bool,
-    bias_EO: Tensor | None,
-    weights_P: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    gated: bool,
-    keep: bool,
+    bias_EO: Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the operator's result `[P, O]` and, with `keep`, the pre-activations in sorted order."""
+    """Return `act(x W_e^T + b_e)` of sorted rows and, with `keep`, the pre-activations; x holds tokens with `gather`."""
     z_PF = forward(x.index_select(0, plan.sorted_token_P) if gather else x, weight_EOD, plan, bias_EO)
-    y_PO = z_PF if activation is None else activate(z_PF, activation, gated)
-    return finish(y_PO, plan, weights_P, residual, scatter), z_PF if keep else None
+    return z_PF if activation is None else activate(z_PF, activation, gated), z_PF if keep else None
 
 
-def finish(y_PO: Tensor, plan: RoutePlan, weights_P: Tensor | None, residual: Tensor | None, scatter: bool) -> Tensor:
-    """Return what the operator makes of the product's sorted rows: weighted, in the order asked for, plus the residual."""
-    if weights_P is not None:
-        w_P1 = weights_P.index_select(0, plan.order_P)[:, None]
-        y_PO = (y_PO * w_P1).to(y_PO.dtype)
-        # the weights of dropped pairs may be NaN
-        y_PO[plan.host_offsets[-1] :] = 0
-    if scatter:
-        y_PO = y_PO.index_select(0, plan.inverse_P)
-    if residual is not None:
-        y_PO = (y_PO + residual).to(y_PO.dtype)
-    return y_PO
+@dataclass(frozen=True)
+class Steps:
+    """The three steps of `autograd.py` over an implementation's products."""
+
+    product: Callable[..., tuple[Tensor, Tensor | None]]
+    """As `product`."""
+    grad_input: Callable[[Tensor, Tensor, RoutePlan], Tensor]
+    """As `grad_input`."""
+    gram: Callable[[Tensor, Tensor, Tensor, RoutePlan, bool], Tensor]
+    """As `gram`."""
+
+    def rows(
+        self,
+        x: Tensor,
+        weight_EOD: Tensor,
+        plan: RoutePlan,
+        *,
+        scatter: bool,
+        weights_P: Tensor | None,
+        residual: Tensor | None,
+        **how: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the operator's result `[P, O]` and, with `keep`, the pre-activations in sorted order; `how` is for `product`."""
+        y_PO, z_PF = self.product(x, weight_EOD, plan, **how)
+        if weights_P is not None:
+            w_P1 = weights_P.index_select(0, plan.order_P)[:, None]
+            y_PO = (y_PO * w_P1).to(y_PO.dtype)
+            # the weights of dropped pairs may be NaN
+            y_PO[plan.host_offsets[-1] :] = 0
+        if scatter:
+            y_PO = y_PO.index_select(0, plan.inverse_P)
+        if residual is not None:
+            y_PO = (y_PO + residual).to(y_PO.dtype)
+        return y_PO, z_PF
+
+    def grad_rows(self, dz_PF: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
+        """Return `dx`: by token (summed over its rows) with `gather`, else sorted."""
+        dx_PD = self.grad_input(dz_PF, weight_EOD, plan)
+        return combine(dx_PD, plan) if gather else dx_PD
+
+    def grad_stacks(
+        self,
+        dz_PF: Tensor,
+        x: Tensor,
+        weight_EOD: Tensor,
+        plan: RoutePlan,
+        gather: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the weight and of the bias, each where it is needed."""
+        dw = self.gram(dz_PF, x, weight_EOD, plan, gather) if need_weight else None
+        return dw, grad_bias(dz_PF, plan) if need_bias else None
 
 
-def grad_rows(dz_PF: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
-    """Return `dx`: by token (summed over its rows) with `gather`, else sorted."""
-    dx_PD = grad_input(dz_PF, weight_EOD, plan)
-    return combine(dx_PD, plan) if gather else dx_PD
-
-
-def grad_stacks(
-    dz_PF: Tensor, x: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the weight and of the bias, each where it is needed."""
-    dw = db = None
-    if need_weight:
-        dw = grad_weight(dz_PF, x.index_select(0, plan.sorted_token_P) if gather else x, weight_EOD, plan)
-    if need_bias:
-        db = grad_bias(dz_PF, plan)
-    return dw, db
+def gram(dz_PO: Tensor, x: Tensor, like_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
+    """Return `dz^T x` of every expert, `[E, O, D]`; x holds tokens with `gather`."""
+    return grad_weight(dz_PO, x.index_select(0, plan.sorted_token_P) if gather else x, like_EOD, plan)
 
 
 def grad_input(dz_PO: Tensor, weight_EOD: Tensor, plan: RoutePlan) -> Tensor:
@@ -266,3 +292,6 @@ def combine(y_PO: Tensor, plan: RoutePlan, weights_P: Tensor | None = None) -> T
         entries, offsets = plan.inverse_P.index_select(0, plan.token_order_P), plan.token_offsets_T1[:-1]
         weights = None if weights_P is None else weights_P.index_select(0, plan.token_order_P)
     return embedding_bag(entries, y_PO.to(wide), offsets, mode="sum", per_sample_weights=weights).to(dtype)
+
+
+STEPS = Steps(product, grad_input, gram)

@@ -1,7 +1,6 @@
 """Grouped GEMM in C++ on the CPU, float32: `native.cpp`, compiled on first use.
 
-It has the functions of `cpu.py` (`rows`, `grad_rows`, `grad_stacks`) and the three products under them, which the feed-forward
-experts call with more around them. The products read rows where they lie.
+It has the products of `cpu.py`, and the way back through an activation, which the feed-forward experts call. The products read rows where they lie.
 
 Shapes: P pairs sorted by expert, E experts, D width in, O width out, F pre-activation width, H activation width.
 """
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.native import ADDRESS, NUMBER, SIZE, Native, is_plain, is_watched, pointer, run
-from moe_kit_kernels.grouped_mm.cpu import combine, finish, grad_bias
+from moe_kit_kernels.grouped_mm.cpu import Steps
 from moe_kit_kernels.route_plan import RoutePlan
 
 # numbers of the activations in native.cpp; 0 is none
@@ -275,35 +274,14 @@ def sums(a: Tensor, b: Tensor, like_EOD: Tensor, plan: RoutePlan, *, gather: tup
     return out_EOD
 
 
-def rows(
-    x: Tensor,
-    weight_EOD: Tensor,
-    plan: RoutePlan,
-    *,
-    gather: bool,
-    scatter: bool,
-    bias_EO: Tensor | None,
-    weights_P: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    gated: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the operator's result `[P, O]` and, with `keep`, the pre-activations in sorted order."""
-    how = {"bias_EO": bias_EO, "activation": activation, "gated": gated, "keep": keep}
-    y_PO, z_PF = product(x, weight_EOD, plan, gather=gather, **how)
-    return finish(y_PO, plan, weights_P, residual, scatter), z_PF
+def grad_input(dz_PO: Tensor, weight_EOD: Tensor, plan: RoutePlan) -> Tensor:
+    """Return `dz W_e` of sorted rows, `[P, D]`."""
+    return product(dz_PO, weight_EOD.transpose(1, 2), plan, gather=False)[0]
 
 
-def grad_rows(dz_PF: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
-    """Return `dx`: by token (summed over its rows) with `gather`, else sorted."""
-    dx_PD, _ = product(dz_PF, weight_EOD.transpose(1, 2), plan, gather=False)
-    return combine(dx_PD, plan) if gather else dx_PD
+def gram(dz_PO: Tensor, x: Tensor, like_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
+    """Return `dz^T x` of every expert, `[E, O, D]`; x holds tokens with `gather`."""
+    return sums(dz_PO, x, like_EOD, plan, gather=(False, gather))
 
 
-def grad_stacks(
-    dz_PF: Tensor, x: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the weight and of the bias, each where it is needed."""
-    dw = sums(dz_PF, x, weight_EOD, plan, gather=(False, gather)) if need_weight else None
-    return dw, grad_bias(dz_PF, plan) if need_bias else None
+STEPS = Steps(product, grad_input, gram)

@@ -9,7 +9,10 @@ Shapes: P pairs sorted by expert, E experts, D width in, O width out, L rank.
 from torch import Tensor
 
 from moe_kit_kernels.grouped_mm import cpu as mm
+from moe_kit_kernels.grouped_mm.cpu import combine, gram
 from moe_kit_kernels.route_plan import RoutePlan
+
+__all__ = ["combine", "gram", "plain", "product"]
 
 
 def extend(y_PO: Tensor, h_PL: Tensor, B_EOL: Tensor, plan: RoutePlan) -> None:
@@ -24,21 +27,11 @@ def product(
     x: Tensor, weight_EOD: Tensor, h_PL: Tensor, B_EOL: Tensor, plan: RoutePlan, gather: bool, scatter: bool
 ) -> Tensor:
     """Return `x W^T + h B^T`, `[P, O]`, sorted or in the given order with `scatter`."""
-    y_PO = mm.forward(x.index_select(0, plan.sorted_token_P) if gather else x, weight_EOD, plan)
+    y_PO = plain(x, weight_EOD, plan, gather)
     extend(y_PO, h_PL, B_EOL, plan)
     return y_PO.index_select(0, plan.inverse_P) if scatter else y_PO
 
 
 def plain(x: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
     """Return `x W^T` of sorted rows, `[P, O]`."""
-    return mm.forward(x.index_select(0, plan.sorted_token_P) if gather else x, weight_EOD, plan)
-
-
-def gram(dz_PO: Tensor, x: Tensor, like_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
-    """Return `dz^T x` of every expert, `[E, O, D]`."""
-    return mm.grad_weight(dz_PO, x.index_select(0, plan.sorted_token_P) if gather else x, like_EOD, plan)
-
-
-def combine(dx_PD: Tensor, plan: RoutePlan) -> Tensor:
-    """Return the sum of every token's sorted rows, `[T, D]`."""
-    return mm.combine(dx_PD, plan)
+    return mm.product(x, weight_EOD, plan, gather=gather)[0]

@@ -6,7 +6,8 @@ Shapes: P pairs sorted by expert, E experts, D width in, O width out, L rank.
 from torch import Tensor
 
 from moe_kit_kernels.grouped_mm import native as mm
-from moe_kit_kernels.grouped_mm.native import combine
+from moe_kit_kernels.grouped_mm.cpu import combine
+from moe_kit_kernels.grouped_mm.native import gram
 from moe_kit_kernels.route_plan import RoutePlan
 
 __all__ = ["combine", "gram", "plain", "product"]
@@ -24,8 +25,3 @@ def product(
 def plain(x: Tensor, weight_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
     """Return `x W^T` of sorted rows, `[P, O]`."""
     return mm.product(x, weight_EOD, plan, gather=gather)[0]
-
-
-def gram(dz_PO: Tensor, x: Tensor, like_EOD: Tensor, plan: RoutePlan, gather: bool) -> Tensor:
-    """Return `dz^T x` of every expert, `[E, O, D]`."""
-    return mm.sums(dz_PO, x, like_EOD, plan, gather=(False, gather))
