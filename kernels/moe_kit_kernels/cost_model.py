@@ -274,8 +274,8 @@ def native_seconds(shape: LoraShape, device: Device) -> float:
 def native_rows_pay(pairs: int, experts: int, *widths: int) -> bool:
     """Tell whether compiled code beats a library's product an expert on a host: while few rows share each matrix.
 
-    Measured on two cores with AVX-512, whole feed-forward experts with all gradients: 1.0 to 1.4 times as fast up to 256 rows an
-    expert, 0.9 from 512 on; rows that cross cache lines cost compiled code more than a library, which copies them first: 1.05 to
+    Measured on two cores with AVX-512, whole feed-forward experts with all gradients: 0.94 to 1.4 times as fast up to 256 rows an
+    expert, 0.9 to 1.05 at 512; rows that cross cache lines cost compiled code more than a library, which copies them first: 1.05 to
     1.4 with 16 rows an expert, 0.9 with 64.
 
     Args:

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -21,6 +22,10 @@ typedef float Loose __attribute__((vector_size(LANES * sizeof(float)), aligned(a
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Loose*>(from); }
 inline void store(float* to, Vector v) { *reinterpret_cast<Loose*>(to) = v; }
+
+// a number of rows that is known while compiling
+template <int R>
+using Number = std::integral_constant<int, R>;
 
 // a * b + c, rounded as in the loops over registers: what a column gets must not depend on which loop it falls into
 inline float fused(float a, float b, float c) {

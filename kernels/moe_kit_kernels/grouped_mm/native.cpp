@@ -17,7 +17,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -43,9 +42,6 @@ constexpr int64_t PART = 512;
 constexpr int64_t SUM_PAIRS = 512, SUM_HEIGHT = 96, PANEL = 16384;
 // bytes of a gradient that one thread writes as one piece, and bytes from which fresh memory should come in huge pages
 constexpr int64_t PIECE = 1 << 20, HUGE_BYTES = 4 << 20;
-
-template <int R>
-using Number = std::integral_constant<int, R>;
 
 // calls rows(Number<R>, first) for all of `count` rows, up to MOST <= 6 at a time and as evenly as can be
 template <int MOST, class Rows>
@@ -465,13 +461,14 @@ void moe_kit_grouped_rows(const Pairs* pairs, const float* x, const float* w, co
 }
 
 // Back through the second product and the activation. dy [T, D], v: the second stack as a matrix of H outputs over D inputs,
-// weights in the caller's order, z [P, N]. Writes what is not null: dz [P, N], wh [P, H] = w h, dweights in the caller's order
-// with `parts` [chunks of H, P] as scratch.
+// weights in the caller's order, z [P, N]. Writes what is not null: dz [P, N], wh [P, H] = w h, dweights in the caller's order.
 void moe_kit_grouped_through(const Pairs* pairs, const float* dy, const float* v, const float* weights, const float* z,
-                             float* dz, float* wh, float* dweights, float* parts, int64_t D, int64_t H, int by_input,
+                             float* dz, float* wh, float* dweights, int64_t D, int64_t H, int by_input,
                              int activation, int gated, int threads) {
     const Stack stack{v, D, H, by_input != 0};
     const int64_t N = gated ? 2 * H : H, P = pairs->offsets[pairs->experts];
+    // what each chunk of columns gives to the gradient of a weight
+    std::vector<float> parts(dweights ? (H + COLUMNS - 1) / COLUMNS * P : 0);
     each_tile(*pairs, H, threads, [&](int64_t first, int64_t m, int64_t e, int64_t c, int64_t columns, bool ahead) {
         const float* rows[ROWS];
         Tile t, gate, up;

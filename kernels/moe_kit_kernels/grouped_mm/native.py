@@ -19,13 +19,11 @@ from moe_kit_kernels.route_plan import RoutePlan
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 # multiplications that are worth waking a second thread for (measured)
 _WORK_A_THREAD = 1 << 19
-# columns of a tile in native.cpp
-_COLUMNS = 64
 
 NATIVE = Native(
     Path(__file__).with_name("native.cpp"),
     moe_kit_grouped_rows=[ADDRESS] * 6 + [SIZE] * 2 + [NUMBER] * 6,
-    moe_kit_grouped_through=[ADDRESS] * 9 + [SIZE] * 2 + [NUMBER] * 4,
+    moe_kit_grouped_through=[ADDRESS] * 8 + [SIZE] * 2 + [NUMBER] * 4,
     moe_kit_grouped_sums=[ADDRESS] * 4 + [SIZE] * 2 + [NUMBER] * 3,
 )
 
@@ -217,7 +215,6 @@ def through(
     wh_PH = z_PF.new_empty(P, H) if need_h else None
     # dropped pairs have none
     dweights_P = torch.zeros_like(weights_P) if need_weights else None
-    parts = weights_P.new_empty(-(-H // _COLUMNS), P) if need_weights else None
     run(
         NATIVE.functions.moe_kit_grouped_through,
         ctypes.byref(pairs(plan)),
@@ -228,7 +225,6 @@ def through(
         pointer(dz_PF),
         pointer(wh_PH),
         pointer(dweights_P),
-        pointer(parts),
         D,
         H,
         # back through V: a matrix of H outputs over D inputs

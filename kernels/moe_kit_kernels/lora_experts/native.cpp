@@ -13,7 +13,6 @@
 // Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, W one of the widths, R rows, C columns of registers.
 
 #include <algorithm>
-#include <type_traits>
 
 #include "vectors.h"
 
@@ -165,9 +164,6 @@ void backward_rows(const Linear& call, const Gradients& to, int64_t first, int64
     }
     if (to.dx) up<R>(inputs, to.dH + first * L, call.A + e * L * call.D, call.D, L);
 }
-
-template <int R>
-using Number = std::integral_constant<int, R>;
 
 // calls rows(Number<R>, first, e) for the pairs [s, end) of one expert, up to four of different tokens at a time: the rows of y that
 // they add to must not be one row. Pairs of one expert are in the order of their tokens.
