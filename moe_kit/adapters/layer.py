@@ -8,8 +8,6 @@ Shapes: T tokens, D width in, O width out.
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from moe_kit.adapters.step import DecodeStep
 from moe_kit.errors import RoutingError
 from moe_kit.hf.hooks import HookedRouting
 from moe_kit.hf.sharing import reads_encoder
-from moe_kit.routing.context import RoutingContext, SharedInput
+from moe_kit.routing.context import InputIdentity, RoutingContext, SharedInput
 from moe_kit.routing.decision import Routing
 
 
@@ -56,7 +54,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.shares_any_input: dict[str, bool] = {}
         # adapter -> all linears that share its router and its input, this one included
         self.siblings: dict[str, list[RoutedLayer]] = {}
-        self.reads_encoder = reads_encoder(path)
+        self.place = state.structure.place(path, reads_encoder(path))
         self.width_in, self.width_out = linear_widths(self.get_base_layer())
 
     def update_layer(
@@ -134,24 +132,33 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             The routing of this pass.
 
         Raises:
-            RoutingError: if a router shared by a block or the model has not decided yet.
+            RoutingError: if a router shared by a block or the model cannot read the input of the layer that runs first.
         """
         context = self._context(x) if context is None else context
         owner = self.owners[adapter_name]
         router = owner.moe_adapter_router[adapter_name]
         site = router.site
         if self.shares_any_input[adapter_name]:
-            if owner is self:
-                return router(self._rows(x, context), context)
-            if site not in context.routings:
-                raise RoutingError(f"{self.path} shares the router of {owner.path}, which has not run in this pass.")
-            return context.routings[site]
+            # the first to run decides, whichever was registered first; when it runs again it decides again
+            if site in context.routings and context.deciders.get(site) != self.path:
+                return context.routings[site]
+            self._check_width(router, x, owner)
+            context.deciders[site] = self.path
+            return router(self._rows(x, context), context)
         shared, mode = context.shared.get(site), (context.is_open, torch.is_grad_enabled())
         if shared is not None and shared.serves(x, mode):
             return shared.routing
         routing = router(self._rows(x, context), context)
-        context.shared[site] = SharedInput(_reference(x), routing, mode)
+        context.shared[site] = SharedInput(InputIdentity(x), routing, mode)
         return routing
+
+    def _check_width(self, router: nn.Module, x: Tensor, owner: RoutedLayer) -> None:
+        if x.shape[-1] != owner.width_in and not hasattr(router.scorer, "constant_logits"):
+            raise RoutingError(
+                f"{self.path} runs first of the layers that share a router, and its input is {x.shape[-1]} wide; the router "
+                f"reads inputs of {owner.width_in}, as {owner.path} has: leave {self.path} out with exclude_modules, or set "
+                "router_sharing='block' or 'input'."
+            )
 
     def _forget_spent(self, adapter_name: str, context: RoutingContext) -> None:
         """Outside a forward pass a decision serves each sibling once.
@@ -167,22 +174,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         spent.add(self.path)
 
     def _context(self, x: Tensor) -> RoutingContext:
-        """Context of the tokens that this layer sees: the encoder's, the decoder's, or one token a row."""
-        context = self.state.context
-        if self.reads_encoder and self.state.encoder_context is not None:
-            context = self.state.encoder_context
-        shape = context.shape_BS
-        if x.dim() == 2 and shape is not None and shape[1] > 1 and x.shape[0] == shape[0]:
-            # a pooled state (BERT's pooler) is one token of each row, whichever that is
-            return dataclasses.replace(
-                context,
-                shape_BS=(shape[0], 1),
-                mask_BS=None,
-                prompt_mask_BS=None,
-                sequence_BS=None,
-                num_sequences=None,
-            )
-        return context
+        """Context of the tokens that this layer sees in the pass that runs, or is recomputed."""
+        return self.state.context_of(self.place).fitting(x)
 
     def _rows(self, x: Tensor, context: RoutingContext) -> Tensor:
         """The rows of a flattened input again: a feed-forward block may hand its linears [T, D]."""
@@ -257,7 +250,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         results = step(x, routing)
         if results is None or len(results) > 1:
             outputs = {} if results is None else dict(zip(step.others, results[1:], strict=True))
-            context.shared[site] = SharedInput(_reference(x), routing, (context.is_open, False), outputs)
+            context.shared[site] = SharedInput(InputIdentity(x), routing, (context.is_open, False), outputs)
         return None if results is None else results[0]
 
     def _fused(self, name: str, x: Tensor, context: RoutingContext) -> Tensor | None:
@@ -317,7 +310,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             return None
         logits, ids, chosen, *results = found
         routing = router.decided(x, context, logits, ids, chosen)
-        context.shared[self.sites[name]] = SharedInput(_reference(x), routing, mode)
+        context.shared[self.sites[name]] = SharedInput(InputIdentity(x), routing, mode)
         return results
 
     def _is_plain(self) -> bool:
@@ -369,9 +362,3 @@ def linear_widths(layer: nn.Module) -> tuple[int, int]:
         return int(layer.in_features), int(layer.out_features)
     raise RoutingError(f"cannot adapt a {type(layer).__name__}: routed adapters go on linear layers.")
 
-
-def _reference(x: Tensor) -> Any:
-    # a weak reference keeps no activation alive; a compiled graph cannot trace one
-    if torch.compiler.is_compiling():
-        return lambda: x
-    return weakref.ref(x)

@@ -30,6 +30,7 @@ from moe_kit.adapters.targets import (
 )
 from moe_kit.errors import CheckpointError, ConfigError, RoutingError
 from moe_kit.hf.delivery import announce
+from moe_kit.hf.generation import note_generate
 from moe_kit.hf.hooks import attach, detach
 from moe_kit.hf.registration import register
 from moe_kit.hf.sharing import router_group
@@ -92,6 +93,8 @@ class RoutedAdapterModel(BaseTuner):
             if isinstance(error, ConfigError):
                 raise
             raise nothing_matched(model, config) from error
+        if state.carries:
+            note_generate(model)
         state.balances_globally = config.balance_scope == "global"
         if config.losses:
             announce(model)
@@ -132,6 +135,9 @@ class RoutedAdapterModel(BaseTuner):
     ) -> None:
         owners = self._router_owners[adapter_name]
         group = router_group(current_key, peft_config.router_sharing)
+        if peft_config.router_sharing == "model":
+            # a tower sees tokens of its own
+            group += attach(self.model).structure.tower(current_key)
         inference_mode = adapter_name not in self.active_adapters
         if isinstance(target, RoutedLayer):
             layer = target

@@ -102,7 +102,7 @@ def _supervised_loss(
         model(**inputs, use_cache=False, logits_to_keep=1)
     codes = state.configs[state.active()].action_codes
     logits, labels = [], []
-    for trace in state.traces:
+    for trace in state.present.traces:
         column = actions[:, trace.column].to(trace.logits_NA.device)
         index = torch.full_like(column, -100)
         for position, code in enumerate(codes):
@@ -227,7 +227,7 @@ def _policy_loss(model: nn.Module, state: DepthState, batch: Batch, config: FitC
     labels = many.pop("labels")
     prompt = {"labels": labels}
     out = model(**many, **prompt, use_cache=False)
-    traces: list[Trace] = state.traces
+    traces: list[Trace] = state.present.traces
     with torch.no_grad():
         loss_BS = functional.cross_entropy(
             out.logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"

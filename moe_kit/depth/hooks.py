@@ -7,15 +7,16 @@ They stand beside the hooks of `moe_kit.hf.hooks`, which open the routing contex
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 from typing import Any
 
 from torch import nn
 
 from moe_kit.depth.state import ATTRIBUTE, DepthState
-from moe_kit.hf.cache import CarriedDecisions
-from moe_kit.hf.hooks import attach, named_arguments, parts_of
+from moe_kit.hf.generation import generate_noted, note_generate, prompt_width, stop_noting
+from moe_kit.hf.hooks import attach, named_arguments
+from moe_kit.hf.passes import parts_of
+from moe_kit.routing.state import ATTRIBUTE as ROUTING
 
 _HOOKS = "moe_depth_hooks"
 
@@ -37,7 +38,7 @@ def attach_depth(model: nn.Module, num_layers: int, anchors: tuple[int, ...]) ->
         state = model.__dict__[ATTRIBUTE] = DepthState(routing, num_layers, anchors)
     if _HOOKS not in model.__dict__:
         handles = []
-        for module in (model, *parts_of(model)):
+        for module in (model, *parts_of(model).values()):
             module.__dict__[ATTRIBUTE] = state
             handles += [
                 module.register_forward_pre_hook(_open if module is model else _open_part, with_kwargs=True),
@@ -46,8 +47,7 @@ def attach_depth(model: nn.Module, num_layers: int, anchors: tuple[int, ...]) ->
                 module.register_forward_hook(_close, always_call=True),
             ]
         model.__dict__[_HOOKS] = tuple(handles)
-        if hasattr(type(model), "generate"):
-            model.__dict__["generate"] = functools.partial(_generate, model)
+        note_generate(model, _generate)
     return state
 
 
@@ -55,9 +55,12 @@ def detach_depth(model: nn.Module) -> None:
     """Remove what `attach_depth` added; doing it twice changes nothing."""
     for handle in model.__dict__.pop(_HOOKS, ()):
         handle.remove()
-    for module in (model, *parts_of(model)):
+    for module in (model, *parts_of(model).values()):
         module.__dict__.pop(ATTRIBUTE, None)
-    model.__dict__.pop("generate", None)
+    stop_noting(model)
+    state = model.__dict__.get(ROUTING)
+    if state is not None and state.carries:
+        note_generate(model)
 
 
 def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -68,19 +71,19 @@ def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     state: DepthState = module.__dict__[ATTRIBUTE]
     # the routing hooks have found out already whether the part was called alone
-    if state.routing.part is module:
+    if state.routing.part is module and state.routing.is_running():
         state.open(module, named_arguments(module, args, kwargs))
 
 
 def _before_close(module: nn.Module, args: tuple, output: Any) -> None:
     state: DepthState = module.__dict__[ATTRIBUTE]
-    if state.under_way is module and output is not None:
+    if state.present.under_way is module and output is not None:
         state.before_close()
 
 
 def _close(module: nn.Module, args: tuple, output: Any) -> None:
     state: DepthState = module.__dict__[ATTRIBUTE]
-    if state.under_way is module:
+    if state.present.under_way is module:
         state.close()
 
 
@@ -95,19 +98,9 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kwargs["generation_config"].disable_compile = True
     else:
         kwargs.setdefault("disable_compile", True)
-    prompt = next(
-        (kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None), None
-    )
-    prompt = args[0] if args and prompt is None else prompt
-    previous, state.in_generate = (state.in_generate, state.prompt_width), True
-    state.prompt_width = None if prompt is None else prompt.shape[1]
-    if chunk is not None and (state.prompt_width is None or state.prompt_width > chunk) and state.reads_prompt():
+    if chunk is not None and (prompt_width(model, args, kwargs) or chunk + 1) > chunk and state.reads_prompt():
         _warn_chunks(state, chunk)
-    state.carrier = CarriedDecisions()
-    try:
-        return type(model).generate(model, *args, **kwargs)
-    finally:
-        state.in_generate, state.prompt_width = previous
+    return generate_noted(model, *args, **kwargs)
 
 
 def _warn_chunks(state: DepthState, chunk: int) -> None:

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from moe_kit.routing.state import ModelRouting
+from moe_kit.hf.hooks import HookedRouting
 
 # fields whose first dimension is the batch
 _ROWS = ("mask_BS", "prompt_mask_BS", "task_ids_B", "prior_BE", "forced_ids_BK", "forced_weights_BE")
 
 
 @contextmanager
-def running_rows(routing: ModelRouting, rows_N: Tensor, batch: int) -> Iterator[None]:
+def running_rows(routing: HookedRouting, rows_N: Tensor, batch: int) -> Iterator[None]:
     """Let routers inside see only some rows; what they decide for a request is kept for all rows, zeros elsewhere.
 
     Args:
@@ -36,12 +35,11 @@ def running_rows(routing: ModelRouting, rows_N: Tensor, batch: int) -> Iterator[
         changes["shape_BS"] = (rows_N.shape[0], whole.shape_BS[1])
     if whole.carried is not None:
         changes["carried"] = {site: _cut(value, rows_N, batch) for site, value in whole.carried.items()}
-    narrow = replace(whole, **changes)
-    routing.context = narrow
+    narrow = whole.derive(**changes)
     try:
-        yield
+        with routing.showing(narrow):
+            yield
     finally:
-        routing.context = whole
         if whole.carried is not None and narrow.carried is not None:
             for site in narrow.carried.keys() - whole.carried.keys():
                 value = narrow.carried[site]
@@ -50,7 +48,7 @@ def running_rows(routing: ModelRouting, rows_N: Tensor, batch: int) -> Iterator[
 
 
 @contextmanager
-def running_tokens(routing: ModelRouting, index_BN: Tensor, batch: int, length: int, flat: bool) -> Iterator[None]:
+def running_tokens(routing: HookedRouting, index_BN: Tensor, batch: int, length: int, flat: bool) -> Iterator[None]:
     """Let routers inside see only the kept tokens.
 
     Args:
@@ -71,11 +69,8 @@ def running_tokens(routing: ModelRouting, index_BN: Tensor, batch: int, length: 
     elif mask_BS is not None:
         changes["mask_BS"] = mask_BS.gather(1, index_BN)
     changes["shape_BS"] = tuple(index_BN.shape)
-    routing.context = replace(whole, **changes)
-    try:
+    with routing.showing(whole.derive(**changes)):
         yield
-    finally:
-        routing.context = whole
 
 
 def _cut(value: Any, rows_N: Tensor, batch: int) -> Any:

@@ -51,13 +51,13 @@ def decide_rows(
         logits_BA = _logits(unit, config, router, x_BSD)
     if actions is None:
         actions = _choose(unit, adapter, logits_BA, route, learning) if forced is None else forced
-        if state.foreign and actions.count(EXECUTE) < batch:
+        if state.present.foreign and actions.count(EXECUTE) < batch:
             raise RoutingError(
                 f"{unit.path}: the cache holds tokens that were computed without these routes, so {actions} "
                 "cannot be obeyed: fill a fresh cache with the layer router active."
             )
         route.decide(column, actions)
-        state.decided_now = True
+        state.present.decided_now = True
     _check(unit, adapter, call, actions)
     # recomputation finds the decision made, and must mix where the first run did
     was_forced = forced is not None if before is None else before.forced
@@ -109,7 +109,7 @@ def _trace(
         layer=unit.layer,
     )
     if unit.state.routing.context.is_open:
-        unit.state.traces.append(trace)
+        unit.state.present.traces.append(trace)
     return soft_B
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, SKIP, LayerRoutingConfig
-from moe_kit.depth.losses import LOSSES, Trace
+from moe_kit.depth.losses import LOSSES
+from moe_kit.depth.present import DepthPass
 from moe_kit.depth.registered import Quiet, hand_over
 from moe_kit.depth.route import Route, check_record, refuse_others, repeat_rows
 from moe_kit.depth.windows import Windows
@@ -45,16 +46,6 @@ class DepthState:
         units: adapter -> column -> unit.
         configs: adapter -> configuration.
         forced: int64 [B or 1, U] actions to obey, or None.
-        carrier: decisions of the present request.
-        executing: units that are known to execute for every row of the present pass, and need not be asked.
-        skipping: decoder layers that are known to be skipped by every row of the present pass.
-        traces: what units decided in the present training pass.
-        foreign: True if the cache of the present pass was filled without routes of the active adapter.
-        router_logits: the caller of the present pass asked a mixture-of-experts base for its routers' logits.
-        blind: a unit whose trainable router decided without a graph in the present training pass, else None.
-        decisions: column -> what the tokens of the present pass do there (token scope).
-        decided_now: whether a unit decided in the present pass.
-        under_way: the module whose forward pass is under way.
     """
 
     def __init__(self, routing: HookedRouting, num_layers: int, anchors: tuple[int, ...]) -> None:
@@ -62,28 +53,17 @@ class DepthState:
         self.units: dict[str, dict[int, DepthUnit]] = {}
         self.configs: dict[str, LayerRoutingConfig] = {}
         self.forced: Tensor | None = None
-        self.in_generate = False
-        self.prompt_width: int | None = None
         self.warned_chunks = False
-        self._forget()
-
-    def _forget(self) -> None:
-        """Forget the last pass: nothing of it is worth copying, and traces hold graph tensors."""
-        self.carrier = CarriedDecisions()
-        self.executing: frozenset[DepthUnit] = frozenset()
-        self.skipping: frozenset[DepthUnit] = frozenset()
-        self.traces: list[Trace] = []
-        self.decisions: dict[int, TokenDecision] = {}
-        self.row_keys_B: Tensor | None = None
-        self.foreign = self.router_logits = False
-        self.blind: DepthUnit | None = None
-        self.under_way: nn.Module | None = None
-        self._cache: Any = None
-        self._pooling: dict[tuple, Any] = {}
-        self._used: tuple[str, Route, torch.device] | None = None
-        self.decided_now = False
         self._forced_columns: tuple[Any, list[list[int]]] = (None, [])
         self._checked: Any = None
+
+    @property
+    def present(self) -> DepthPass:
+        """What belongs to the pass under way, to the one that is recomputed, or to the last one."""
+        notes = self.routing.running().notes
+        if ATTRIBUTE not in notes:
+            notes[ATTRIBUTE] = DepthPass()
+        return notes[ATTRIBUTE]
 
     def __deepcopy__(self, memo: dict) -> DepthState:
         fresh = DepthState(copy.deepcopy(self.routing, memo), self.num_layers, self.anchors)
@@ -98,8 +78,8 @@ class DepthState:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.forced, self.in_generate, self.prompt_width, self.warned_chunks = None, False, None, False
-        self._forget()
+        self.forced, self.warned_chunks = None, False
+        self._forced_columns, self._checked = (None, []), None
 
     def num_columns(self, adapter: str) -> int:
         """U: columns of the action table of an adapter."""
@@ -144,44 +124,36 @@ class DepthState:
             RoutingError: if the pass goes on with a cache of other rows, or is asked for other routes than its cache has,
                 or the cache has routes of an adapter that is not active.
         """
-        self.under_way = module
-        self.traces, self.decisions, self._pooling, self._cache = [], {}, {}, None
-        self._used, self.decided_now, self.blind = None, False, None
-        self.executing = self.skipping = frozenset()
-        if not (self.in_generate and self.carrier.sites):
-            self.carrier = CarriedDecisions()
-            self.row_keys_B = None
+        present = self.routing.current.notes[ATTRIBUTE] = DepthPass(under_way=module)
+        generation = self.routing.generation
+        if generation is not None:
+            # without a cache the decisions hold for the call of `generate`
+            before = generation.notes.get(ATTRIBUTE)
+            if before is not None and before.carrier.sites:
+                present.carrier, present.row_keys_B = before.carrier, before.row_keys_B
+            generation.notes[ATTRIBUTE] = present
         tokens = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         adapter = self._active()
-        self.router_logits = adapter is not None and _asks_router_logits(module, arguments)
+        present.router_logits = adapter is not None and _asks_router_logits(module, arguments)
         self._board(adapter, arguments.get("past_key_values"))
-        if tokens is not None:
-            self._mark_candidates(tokens)
-            if adapter is not None:
-                self._continue(adapter, tokens.shape[0])
-        if self.row_keys_B is None and any(config.router == "random" for config in self.configs.values()):
-            self.row_keys_B = _row_keys(arguments, self.routing.context.prompt_mask_BS, self.routing.context.mask_BS)
-
-    def _mark_candidates(self, tokens: Tensor) -> None:
-        """Assisted decoding appends its candidates to the prompt; a decision reads the prompt."""
-        context, width = self.routing.context, self.prompt_width
-        if not self.in_generate or width is None or tokens.shape[1] <= width or context.prompt_mask_BS is not None:
-            return
-        prompt_BS = (torch.arange(tokens.shape[1], device=tokens.device) < width).expand(tokens.shape[0], -1)
-        context.prompt_mask_BS = prompt_BS if context.mask_BS is None else prompt_BS & context.mask_BS
+        if tokens is not None and adapter is not None:
+            self._continue(adapter, tokens.shape[0])
+        if present.row_keys_B is None and any(config.router == "random" for config in self.configs.values()):
+            context = self.routing.context
+            present.row_keys_B = _row_keys(arguments, context.prompt_mask_BS, context.mask_BS)
 
     def _board(self, adapter: str | None, cache: Any) -> None:
         """Put a carrier on the cache of this pass before the pass writes to it."""
-        self.foreign = False
+        present = self.present
         if cache is None:
             return
-        self._cache, self.carrier = cache, ensure_carrier(cache, self.num_layers)
-        carrier = self.carrier
+        present.cache = cache
+        carrier = present.carrier = ensure_carrier(cache, self.num_layers)
         own = None if adapter is None else _SITE + adapter
         if own is not None and own not in carrier.sites:
             # what other routes computed cannot be continued on these
-            self.foreign = int(cache.get_seq_length()) > 0
+            present.foreign = int(cache.get_seq_length()) > 0
         # once for each adapter that goes on with the cache, not at every step
         if carrier.notes.get(_ALONE, ()) != own:
             refuse_others(carrier.sites, _SITE, own)
@@ -193,7 +165,7 @@ class DepthState:
         if replay is not None and replay is not self._checked:
             check_record(replay, adapter, self.units[adapter], self.configs[adapter])
             self._checked = replay
-        route = self._find(adapter, self.carrier)
+        route = self._find(adapter, self.present.carrier)
         if route is None:
             return
         route.check_rows(batch)
@@ -207,7 +179,7 @@ class DepthState:
                 )
             route.agreed = asked
         if route.executing is not None and self.routing.record is None and not torch.is_grad_enabled():
-            self.executing, self.skipping = route.executing, route.skipping
+            self.present.executing, self.present.skipping = route.executing, route.skipping
 
     def _asked(self) -> Any:
         """What the user forces or replays, as an object to be told apart by identity."""
@@ -219,21 +191,22 @@ class DepthState:
         Raises:
             ConfigError: if a router that is to learn decided without a graph (reentrant checkpointing).
         """
-        if self.blind is not None and torch.is_grad_enabled():
+        present = self.present
+        if present.blind is not None and torch.is_grad_enabled():
             raise ConfigError(
-                f"{self.blind.path}: the layer router decided without a graph in a training pass and would not learn: "
+                f"{present.blind.path}: the layer router decided without a graph in a training pass and would not learn: "
                 "gradient checkpointing is reentrant. Use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        if self._used is not None:
-            self._register(*self._used)
-        if self.traces and torch.is_grad_enabled():
+        if present.used is not None:
+            self._register(*present.used)
+        if present.traces and torch.is_grad_enabled():
             hand_over(self.routing.context, self.losses())
 
     def _register(self, adapter: str, route: Route, device: torch.device) -> None:
         """Show the route of a request, with one copy to the device for all units."""
-        context, units = self.routing.context, self.units[adapter]
+        context, units, present = self.routing.context, self.units[adapter], self.present
         route.settle(units)
-        if not context.is_open or not (self.decided_now or self.traces or self.routing.record is not None):
+        if not context.is_open or not (present.decided_now or present.traces or self.routing.record is not None):
             return
         ids_BU = route.table_BU.to(device)
         ones_B1 = torch.ones(route.batch, 1, device=device)
@@ -249,9 +222,10 @@ class DepthState:
 
     def close(self) -> None:
         """End the forward pass; a cache is not kept alive by it."""
-        self._cache, self._used, self.under_way = None, None, None
+        present = self.present
+        present.cache = present.used = present.under_way = None
         # recomputation for a backward pass asks the units
-        self.executing = self.skipping = frozenset()
+        present.executing = present.skipping = frozenset()
 
     # a request
 
@@ -261,16 +235,17 @@ class DepthState:
         Raises:
             RoutingError: if the request has other rows.
         """
-        if cache is not None and self._cache is not cache:
+        present = self.present
+        if cache is not None and present.cache is not cache:
             # a cache that the user gave has its carrier since the pass began; one that the model made was empty then
-            self._cache, self.carrier = cache, ensure_carrier(cache, self.num_layers)
-        route = self._find(adapter, self.carrier)
+            present.cache, present.carrier = cache, ensure_carrier(cache, self.num_layers)
+        route = self._find(adapter, present.carrier)
         if route is None:
-            route = self.carrier.notes[adapter] = Route.undecided(batch, self.num_columns(adapter))
+            route = present.carrier.notes[adapter] = Route.undecided(batch, self.num_columns(adapter))
             route.agreed = self._asked()
-            self.carrier.sites[_SITE + adapter] = route.table_BU
+            present.carrier.sites[_SITE + adapter] = route.table_BU
         route.check_rows(batch)
-        self._used = (adapter, route, device)
+        present.used = (adapter, route, device)
         return route
 
     @staticmethod
@@ -283,7 +258,7 @@ class DepthState:
 
     def decided(self, adapter: str) -> Tensor | None:
         """Actions int64 [B, U] of the last request, on the CPU; None before any."""
-        return self.carrier.sites.get(_SITE + adapter)
+        return self.present.carrier.sites.get(_SITE + adapter)
 
     def forced_column(self, adapter: str, column: int, site: str, batch: int) -> list[int] | None:
         """Action of each row that the user forces or replays at a unit, or None."""
@@ -302,12 +277,13 @@ class DepthState:
         """Tokens that a decision may read, bool [B, S], and their windows; made once a pass and device."""
         count = None if config.pooling == "tokens" else config.windows if config.pooling == "windows" else 1
         key = (count, batch, length, device)
-        if key not in self._pooling:
+        pooling = self.present.pooling
+        if key not in pooling:
             mask_T = self.routing.context.prompt_mask_T(batch, length)
             mask_BS = torch.ones(batch, length, dtype=torch.bool) if mask_T is None else mask_T.view(batch, length)
             mask_BS = mask_BS.to(device)
-            self._pooling[key] = (mask_BS, None if count is None else Windows(mask_BS, count))
-        return self._pooling[key]
+            pooling[key] = (mask_BS, None if count is None else Windows(mask_BS, count))
+        return pooling[key]
 
     def random_actions(self, adapter: str, route: Route) -> list[list[int]]:
         """Actions, by column and row, of the random baseline: round(rate * n) of the n routed units, drawn by prompt.
@@ -316,7 +292,8 @@ class DepthState:
         """
         if route.drawn is None:
             config, columns = self.configs[adapter], sorted(self.units[adapter])
-            keys = [0] if self.row_keys_B is None else self.row_keys_B.tolist()
+            keys_B = self.present.row_keys_B
+            keys = [0] if keys_B is None else keys_B.tolist()
             count = round(config.budget * len(columns))
             away = SKIP if "skip" in config.actions else APPROXIMATE
             route.drawn = [[EXECUTE] * route.batch for _ in range(self.num_columns(adapter))]
@@ -328,11 +305,12 @@ class DepthState:
 
     def losses(self) -> dict[str, tuple[float, Tensor]]:
         """Name -> (coefficient, unscaled loss) of the last training pass."""
-        if not self.traces:
+        traces = self.present.traces
+        if not traces:
             return {}
         config = self.configs[self.active()]
         return {
-            name: (coefficient, LOSSES[name](self.traces, config.target_rate))
+            name: (coefficient, LOSSES[name](traces, config.target_rate))
             for name, coefficient in config.losses.items()
         }
 

@@ -101,14 +101,14 @@ def layer_applications(model: nn.Module) -> Tensor:
 
 
 def _token_shares(state: DepthState, adapter: str) -> Tensor:
-    if not state.decisions:
+    if not state.present.decisions:
         raise RoutingError("no request has been routed yet: run a forward pass first.")
     mask_BS = state.routing.context.mask_BS
-    first = next(iter(state.decisions.values()))
+    first = next(iter(state.present.decisions.values()))
     any_T, batch = first.action_T, first.batch
     mask_BS = torch.ones(batch, any_T.shape[0] // batch, device=any_T.device) if mask_BS is None else mask_BS
     table = torch.ones(batch, state.num_columns(adapter))
-    for column, decision in state.decisions.items():
+    for column, decision in state.present.decisions.items():
         run_BS = (decision.action_T == EXECUTE).view(batch, -1).float()
         table[:, column] = ((run_BS * mask_BS).sum(1) / mask_BS.sum(1).clamp_min(1)).cpu()
     return table

@@ -35,9 +35,9 @@ def routed_class(base: type) -> type:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         unit = self._modules[UNIT]
         state = unit.state
-        if unit in state.executing:
+        if unit in state.present.executing:
             return inner(self, *args, **kwargs)
-        if unit in state.skipping:
+        if unit in state.present.skipping:
             return args[0] if args else kwargs[names[0]]
         if unit.active_name() is None:
             return inner(self, *args, **kwargs)

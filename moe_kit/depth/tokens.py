@@ -98,7 +98,7 @@ def decide_tokens(unit: DepthUnit, adapter: str, config: LayerRoutingConfig, x_B
             column, logits_TA, weight_T, mask_T, router, None, target_T, predicted_TA, None, execute, unit.layer
         )
         if state.routing.context.is_open:
-            state.traces.append(trace)
+            state.present.traces.append(trace)
     run_T = action_T == EXECUTE
     # one read on the host: it is what lets a token really skip, and no later step has to wait for a count
     away_T = action_T == APPROXIMATE

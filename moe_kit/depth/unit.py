@@ -165,7 +165,7 @@ class DepthUnit(nn.Module, BaseTunerLayer):
         if plan.uniform == EXECUTE:
             return call(x_BSD)
         self._refuse_router_logits()
-        return run_rows(call, x_BSD, plan, state.carrier, self.forecaster(adapter))
+        return run_rows(call, x_BSD, plan, state.present.carrier, self.forecaster(adapter))
 
     def learning(self, adapter: str) -> bool:
         """Whether the router is being trained: else its decisions are hard, also while other adapters learn."""
@@ -175,12 +175,12 @@ class DepthUnit(nn.Module, BaseTunerLayer):
         trainable = isinstance(router, ActionRouter) and router.scorer.last.weight.requires_grad
         if trainable and not torch.is_grad_enabled():
             # harmless in a pass without gradients, else the state refuses it
-            self.state.blind = self
+            self.state.present.blind = self
             return False
         return trainable
 
     def _refuse_router_logits(self) -> None:
-        if self.state.router_logits and self.kind != "attention":
+        if self.state.present.router_logits and self.kind != "attention":
             raise RoutingError(
                 f"{self.path}: output_router_logits=True, but a token or row does not run this unit exactly once: the "
                 "base model's balance loss needs the logits of every token in every layer. Call it with "
@@ -214,12 +214,12 @@ class DepthUnit(nn.Module, BaseTunerLayer):
         leader = self.leaders[adapter][0] if self.leaders[adapter] else self
         if leader is self:
             decision = decide_tokens(self, adapter, config, x_BSD)
-            self.state.decisions[self.column] = decision
+            self.state.present.decisions[self.column] = decision
             if self.kind == "layer":
                 # attention and MLP of the layer obey
                 return call(x_BSD)
         else:
-            decision = self.state.decisions[leader.column]
+            decision = self.state.present.decisions[leader.column]
         if not decision.blend and decision.running < decision.action_T.shape[0]:
             self._refuse_router_logits()
         return run_tokens(call, x_BSD, decision, self.forecaster(adapter))

@@ -1,11 +1,11 @@
-"""Reads a Hugging Face model's arguments: which tokens are real, which sequence they belong to, which are the prompt.
+"""Reads the arguments of a Hugging Face model or of a part of it: which tokens are real, which sequence they belong to,
+which are the prompt, and which memory cross-attention reads.
 
 Shapes: B rows, S sequence.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -49,13 +49,22 @@ def predicts_next_token(module: nn.Module) -> bool:
     return shifts_labels(module) or (name.endswith("LMHeadModel") and not name.endswith("WithLMHeadModel"))
 
 
-def main_context(module: nn.Module, arguments: dict[str, Any], inputs: dict[str, Any]) -> RoutingContext:
+_TOKENS = ("input_ids", "inputs_embeds", "hidden_states", "query_embeds")
+_FEATURES = ("input_values", "input_features")
+_MEMORY = ("encoder_hidden_states", "cross_attention_states")
+
+
+def main_context(
+    module: nn.Module, arguments: dict[str, Any], inputs: dict[str, Any], prompt_width: int | None = None
+) -> RoutingContext:
     """Context of a forward pass; for an encoder-decoder model, of its decoder.
 
     Args:
         module: the model that is called.
         arguments: its arguments by name.
         inputs: what `routing_inputs` added.
+        prompt_width: columns of the prompt that `generate` was called with; what follows it in the first pass are
+            candidates of assisted decoding.
 
     Returns:
         A fresh, open context.
@@ -73,6 +82,8 @@ def main_context(module: nn.Module, arguments: dict[str, Any], inputs: dict[str,
     else:
         shape = _shape(arguments, "input_ids", "inputs_embeds")
         mask_BS = real_tokens(arguments.get("attention_mask"), shape, arguments.get("past_key_values"))
+        if shape is None and _shape(arguments, *_FEATURES) is not None:
+            mask_BS = _mask_of_features(arguments)
         first = 0
         labelled = predicts_next_token(module) and _fits(labels, shape)
     context = RoutingContext(
@@ -80,39 +91,152 @@ def main_context(module: nn.Module, arguments: dict[str, Any], inputs: dict[str,
         task_ids_B=inputs.get("task_ids"),
         prior_BE=inputs.get("prior"),
         scalars=inputs.get("scalars", {}),
-        shape_BS=None if shape is None else (int(shape[0]), int(shape[1])),
+        shape_BS=None if shape is None else (shape[0], shape[1]),
+        **_shortening(module, shape),
     )
     if shape is None:
         return context
     if first == 0 and not _is_plain(arguments.get("attention_mask")):
-        context.sequence_BS, context.num_sequences = _packed(arguments, shape, mask_BS)
+        packed = _packed(arguments, shape, mask_BS, _pad_id(module))
+        context.sequence_BS, context.num_sequences, context.mask_BS = packed
     context.prompt_mask_BS = _prompt(context, inputs, labels if labelled else None, first, shape, arguments)
+    if context.prompt_mask_BS is None and not first:
+        context.prompt_mask_BS = _generated_from(module, context, prompt_width, shape, arguments)
     return context
 
 
-def encoder_context(context: RoutingContext, arguments: dict[str, Any]) -> RoutingContext | None:
-    """Context of the encoder's tokens, which has a mask of its own and shares all records of the pass.
+def part_context(
+    module: nn.Module, arguments: dict[str, Any], whole: RoutingContext, rows_known: bool, is_decoder: bool
+) -> RoutingContext:
+    """Context of the tokens that a part of a model is called with.
 
     Args:
-        context: context of the decoder.
-        arguments: arguments of an encoder-decoder model by name.
+        module: the part.
+        arguments: its arguments by name.
+        whole: context of what is called as a whole.
+        rows_known: the part's rows are those of the batch.
+        is_decoder: the part reads what the whole is about.
 
     Returns:
-        The context, or None if the model was called without anything for its encoder.
+        `whole` itself where the decoder sees as many tokens as the whole was given, as in a language model.
     """
-    shape = _shape(arguments, "input_ids", "inputs_embeds", "input_features")
-    if shape is None and arguments.get("encoder_outputs") is not None:
-        shape = arguments["encoder_outputs"][0].shape[:2]
-    if shape is None:
+    shape = _shape(arguments, *_TOKENS)
+    if is_decoder and whole.shape_BS is not None and shape is not None and tuple(shape) == tuple(whole.shape_BS):
+        return whole
+    features = shape is None and _shape(arguments, *_FEATURES) is not None
+    mask = _mask_of_features(arguments) if features else real_tokens(arguments.get("attention_mask"), shape)
+    grid = next((arguments[name] for name in ("grid_thw", "image_grid_thw") if arguments.get(name) is not None), None)
+    return whole.derive(
+        mask_BS=mask,
+        prompt_mask_BS=None,
+        sequence_BS=None,
+        num_sequences=None,
+        shape_BS=None if shape is None or grid is not None else (shape[0], shape[1]),
+        rows_known=rows_known,
+        lengths=None if grid is None else tuple(grid.prod(-1).tolist()),
+        **_shortening(module, shape),
+    )
+
+
+def memory_context(
+    arguments: dict[str, Any], whole: RoutingContext, encoded: RoutingContext | None, rows_known: bool
+) -> RoutingContext | None:
+    """Context of what the cross-attention of a model or of a part reads.
+
+    Args:
+        arguments: arguments by name.
+        whole: context of what is called as a whole.
+        encoded: context of the encoder, if it has run in this pass.
+        rows_known: the memory's rows are those of the batch.
+
+    Returns:
+        `encoded` where the memory is the encoder's output; None if the call has no memory.
+    """
+    memory = next((arguments[name] for name in _MEMORY if isinstance(arguments.get(name), Tensor)), None)
+    outputs = arguments.get("encoder_outputs")
+    if memory is None and outputs is not None:
+        memory = outputs[0]
+    if memory is None:
+        return _read_by_encoder(arguments, whole)
+    if memory.dim() != 3:
         return None
-    return dataclasses.replace(
-        context,
+    shape = memory.shape[:2]
+    if encoded is not None and encoded.fits(shape):
+        return encoded
+    # an encoder-decoder model calls the mask of its encoder the attention mask
+    mask = arguments.get("encoder_attention_mask" if outputs is None else "attention_mask")
+    shortened = _is_plain(mask) and mask.shape[1] != shape[1]
+    context = whole.derive(
+        mask_BS=_real(mask) if shortened else real_tokens(mask, shape),
+        prompt_mask_BS=None,
+        sequence_BS=None,
+        num_sequences=None,
+        shape_BS=None if shortened else (shape[0], shape[1]),
+        shortens=shortened,
+        rows_known=rows_known,
+    )
+    return context.fitting(memory)
+
+
+def _read_by_encoder(arguments: dict[str, Any], whole: RoutingContext) -> RoutingContext | None:
+    """Tokens of the encoder in a call of a whole encoder-decoder model, for layers that lie in no part."""
+    shape = _shape(arguments, "input_ids", "inputs_embeds")
+    if shape is None or all(arguments.get(name) is None for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds")):
+        return None
+    return whole.derive(
         mask_BS=real_tokens(arguments.get("attention_mask"), shape),
         prompt_mask_BS=None,
         sequence_BS=None,
         num_sequences=None,
-        shape_BS=(int(shape[0]), int(shape[1])),
+        shape_BS=(shape[0], shape[1]),
     )
+
+
+def _shortening(module: nn.Module, shape: torch.Size | None) -> dict[str, Any]:
+    """Fields of a part that reads sound: its tokens are fewer than the frames that its mask is about."""
+    if shape is not None:
+        return {}
+    return {"shortens": True, "reduce_mask": getattr(module, "_get_feature_vector_attention_mask", None)}
+
+
+def _mask_of_features(arguments: dict[str, Any]) -> Tensor | None:
+    return _real(arguments.get("attention_mask"))
+
+
+def _real(mask: Any) -> Tensor | None:
+    return mask.bool() if _is_plain(mask) else None
+
+
+def _pad_id(module: nn.Module) -> int | None:
+    pad = getattr(getattr(module, "config", None), "pad_token_id", None)
+    return pad if isinstance(pad, int) else None
+
+
+def _generated_from(
+    module: nn.Module,
+    context: RoutingContext,
+    prompt_width: int | None,
+    shape: torch.Size,
+    arguments: dict[str, Any],
+) -> Tensor | None:
+    """The prompt in a pass of `generate` that holds candidates as well, or in a batch padded without a mask."""
+    mask_BS = context.mask_BS
+    if prompt_width is not None:
+        if shape[1] <= prompt_width:
+            return None
+        device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+        prompt = (torch.arange(shape[1], device=device) < prompt_width).expand(shape)
+        return prompt if mask_BS is None else prompt & mask_BS
+    ids = arguments.get("input_ids")
+    unmasked = mask_BS is None and context.sequence_BS is None and arguments.get("past_key_values") is None
+    if torch.is_grad_enabled() or ids is None or not unmasked or shape[1] < 2:
+        return None
+    # evaluation harnesses pad on the right with id 0, or the padding token, and give no mask: causal outputs do not
+    # notice, a decision about the sequence must not either
+    last = ids[:, -1:]
+    known = (last == 0) | (last == (0 if _pad_id(module) is None else _pad_id(module)))
+    padding = (ids == last).flip(1).long().cumprod(1).flip(1).bool() & known
+    return torch.where(padding.all(1, keepdim=True), True, ~padding)
 
 
 def real_tokens(attention_mask: Any, shape: torch.Size | None, cache: Any = None) -> Tensor | None:
@@ -149,36 +273,57 @@ def _is_plain(attention_mask: Any) -> bool:
     return isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
 
 
-def _packed(arguments: dict[str, Any], shape: torch.Size, mask_BS: Tensor | None) -> tuple[Tensor | None, int | None]:
-    """`packed_sequences`, unless positions start anew because a prepared mask hides padding before the prompt."""
-    found = packed_sequences(arguments, shape)
-    if found[0] is not None and mask_BS is not None and not bool(mask_BS.all()):
-        return None, None
-    return found
+def _packed(
+    arguments: dict[str, Any], shape: torch.Size, mask_BS: Tensor | None, pad_id: int | None
+) -> tuple[Tensor | None, int | None, Tensor | None]:
+    """`packed_sequences` and the mask, unless positions start anew because a prepared mask hides padding in front."""
+    sequence_BS, count, gaps_BS = packed_sequences(arguments, shape, pad_id)
+    if sequence_BS is not None and mask_BS is not None and not bool(mask_BS.all()):
+        return None, None, mask_BS
+    if gaps_BS is None:
+        return sequence_BS, count, mask_BS
+    return sequence_BS, count, ~gaps_BS if mask_BS is None else mask_BS & ~gaps_BS
 
 
-def packed_sequences(arguments: dict[str, Any], shape: torch.Size) -> tuple[Tensor | None, int | None]:
+def packed_sequences(
+    arguments: dict[str, Any], shape: torch.Size, pad_id: int | None = None
+) -> tuple[Tensor | None, int | None, Tensor | None]:
     """Documents of packed rows, told from positions that start anew.
 
-    Only without an attention mask, as transformers itself tells packed rows. This reads one number back from the
+    Only without an attention mask, as transformers itself tells packed rows. This reads a number back from the
     device, and only when `position_ids` are given.
 
     Args:
         arguments: arguments of a model by name.
         shape: [B, S] of the tokens.
+        pad_id: the padding token; None = not known.
 
     Returns:
-        (int64 [B, S] numbered over the batch, count), or (None, None) if every row is one sequence.
+        (int64 [B, S] numbered over the batch, count, bool [B, S] padding behind the documents or None), or three times
+        None if every row is one sequence.
     """
     positions = arguments.get("position_ids")
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != shape[1] or shape[1] < 2:
-        return None, None
+        return None, None, None
     positions = positions.expand(shape)
     starts_BS = torch.ones_like(positions, dtype=torch.bool)
     starts_BS[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-    sequence_BS = starts_BS.flatten().long().cumsum(0).view(shape) - 1
-    count = int(sequence_BS[-1, -1]) + 1
-    return (None, None) if count == shape[0] else (sequence_BS, count)
+    gaps_BS = _gaps(starts_BS, arguments.get("input_ids"), pad_id)
+    sequence_BS = (starts_BS & ~gaps_BS).flatten().long().cumsum(0).view(shape) - 1
+    count, any_gap = torch.stack([sequence_BS[-1, -1] + 1, gaps_BS.any()]).tolist()
+    gaps = gaps_BS if any_gap else None
+    return (None, None, None) if count == shape[0] and gaps is None else (sequence_BS, count, gaps)
+
+
+def _gaps(starts_BS: Tensor, ids: Any, pad_id: int | None) -> Tensor:
+    """Padding behind the last document (`pad_to_multiple_of`), where each token starts anew: bool [B, S]."""
+    alone = starts_BS.flip(1).long().cumprod(1).flip(1).bool()
+    # the first token of a row starts a document in any case
+    alone[:, 0] = False
+    if isinstance(ids, Tensor) and pad_id is not None:
+        return alone & (ids == pad_id)
+    # one such token may be a document
+    return alone & (alone.sum(1, keepdim=True) > 1)
 
 
 def _prompt(

@@ -9,10 +9,10 @@ The closing hook adds the auxiliary losses to the model's loss, multiplied by (l
 `num_items_in_batch`, so that the gradient does not depend on how a batch is split over accumulation steps and
 processes. Where a trainer computes its own loss they reach it as `outputs.aux_loss` (see `delivery.py`).
 
-The hooks write to the pass's context, so `torch.compile(fullgraph=True)` together with gradient checkpointing needs
-`torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`: what recomputation would write again is of
-no use. Two passes before one backward pass (a reference model's pass in between, say) are fine without checkpointing;
-with it, recomputation reads the context of the latest pass, so both must be about the same batch.
+Each part called inside a pass has a context of its own, and recomputation finds the context of its own pass: see
+`passes.py`. The hooks write to the pass's context, so `torch.compile(fullgraph=True)` together with gradient
+checkpointing needs `torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`: what recomputation
+would write again is of no use.
 """
 
 from __future__ import annotations
@@ -20,20 +20,37 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_kit.hf.batch import IGNORED_LABEL, encoder_context, main_context, shifts_labels
+from moe_kit.hf.batch import IGNORED_LABEL, main_context, memory_context, part_context, shifts_labels
 from moe_kit.hf.checks import check_rows
 from moe_kit.hf.delivery import check_policy, check_reentrant, deliver, strip_request, withdraw, zero_of_policy
+from moe_kit.errors import RoutingError
+from moe_kit.hf.generation import Generation, refuse_continuous_batching, stop_noting
+from moe_kit.hf.passes import (
+    ROOT,
+    Call,
+    Pass,
+    PassLog,
+    Place,
+    Structure,
+    backward_task,
+    next_number,
+    parts_of,
+    running_node,
+)
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.joined import all_mean
 from moe_kit.routing.state import ATTRIBUTE, ModelRouting
 from moe_kit.routing.step import track
 
 _HOOKS = "moe_routing_hooks"
+_PATH = "moe_routing_part"
 _CALL = nn.Module._call_impl.__code__
 
 
@@ -41,8 +58,11 @@ class HookedRouting(ModelRouting):
     """Routing state of a Hugging Face model, with what its hooks remember between calls.
 
     Attributes:
-        encoder_context: the encoder's side of the pass of an encoder-decoder model, else None.
+        structure: parts of the model.
+        current: the pass under way, or the last one.
+        log: passes whose graphs are alive.
         part: the part of the model that is run on its own, if any.
+        generation: the call of `generate` under way, if any.
         carries: a router's decisions outlive the forward pass and ride on the cache.
         wants_aux_loss: the caller of the present pass asked for `outputs.aux_loss`.
         collects: auxiliary losses that no model loss can take are kept for the trainer.
@@ -52,10 +72,12 @@ class HookedRouting(ModelRouting):
         opened_eagerly: the present pass was opened outside a compiled graph, so its call can be found on the stack.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, structure: Structure | None = None) -> None:
+        self.structure = structure or Structure()
+        self.current, self.log = Pass(RoutingContext(is_open=False)), PassLog()
         super().__init__()
-        self.encoder_context: RoutingContext | None = None
         self.part: nn.Module | None = None
+        self.generation: Generation | None = None
         self.carries = False
         self.wants_aux_loss = False
         self.collects = False
@@ -66,28 +88,89 @@ class HookedRouting(ModelRouting):
 
     def __deepcopy__(self, memo: dict) -> HookedRouting:
         # contexts hold graph tensors, which cannot be copied; a copied model starts without one
-        memo[id(self)] = fresh = HookedRouting()
+        memo[id(self)] = fresh = HookedRouting(self.structure)
         fresh.carries, fresh.balances_globally = self.carries, self.balances_globally
         return fresh
 
-    def current_pass(self) -> tuple:
-        """As for `ModelRouting`, the encoder's side included."""
-        return (self.context, self.encoder_context)
+    def __reduce__(self) -> tuple:
+        return (_restore, (self.structure, self.carries, self.balances_globally))
 
-    def return_to(self, current: tuple) -> None:
-        """As for `ModelRouting`, the encoder's side included.
+    @property
+    def context(self) -> RoutingContext:
+        """Tokens of the pass under way, of the one that is recomputed, or of the last one."""
+        found = self._pass()[0]
+        return found.context if found.override is None else found.override
+
+    @context.setter
+    def context(self, context: RoutingContext) -> None:
+        # for those who open a pass by hand; a forward pass of the model starts one with calls of parts
+        self.current = Pass(context)
+
+    def context_of(self, place: Place) -> RoutingContext:
+        """Tokens that a layer sees.
+
+        Args:
+            place: where it lies.
+        """
+        found, number = self._pass()
+        if found.override is not None and not place.reads_memory:
+            return found.override
+        return found.seen(place, number)
+
+    def _pass(self) -> tuple[Pass, int | None]:
+        """The pass of what runs now; with the number of the asking node where it is recomputed."""
+        current = self.current
+        if not torch.is_grad_enabled() or current.task == (task := backward_task()) or task == -1:
+            return current, None
+        number = running_node()
+        if number is None:
+            return current, None
+        found = self.log.find(number)
+        if found is None and current.calls and current.calls[0].start > number:
+            raise RoutingError(
+                "gradient checkpointing recomputes a layer of a forward pass that is forgotten, since none of its outputs "
+                "is left: keep the output of the model until the backward pass."
+            )
+        # layers that were called by hand, after a pass
+        return (current, None) if found is None else (found, number)
+
+    def running(self) -> Pass:
+        """The pass under way, the one that is recomputed, or the last one."""
+        return self._pass()[0]
+
+    def is_running(self) -> bool:
+        """Whether a pass is under way, and not only a part of one that is recomputed."""
+        return self.current.context.is_open
+
+    def current_pass(self) -> Pass:
+        """The pass of the last forward."""
+        return self.current
+
+    def return_to(self, current: Pass) -> None:
+        """Make an earlier forward pass the last one again, for those who ask for its losses and decisions.
 
         Args:
             current: what `current_pass` gave after that forward.
         """
-        self.context, self.encoder_context = current
+        self.current = current
 
-    def __reduce__(self) -> tuple:
-        return (_restore, (self.carries, self.balances_globally))
+    @contextmanager
+    def showing(self, context: RoutingContext) -> Iterator[None]:
+        """Let the layers inside a routed unit see other tokens of this pass.
+
+        Args:
+            context: their tokens.
+        """
+        found = self._pass()[0]
+        previous, found.override = found.override, context
+        try:
+            yield
+        finally:
+            found.override = previous
 
 
-def _restore(carries: bool, balances_globally: bool) -> HookedRouting:
-    state = HookedRouting()
+def _restore(structure: Structure, carries: bool, balances_globally: bool) -> HookedRouting:
+    state = HookedRouting(structure)
     state.carries, state.balances_globally = carries, balances_globally
     return state
 
@@ -103,15 +186,15 @@ def attach(model: nn.Module) -> HookedRouting:
     """
     state = model.__dict__.get(ATTRIBUTE)
     if state is None:
-        state = HookedRouting()
+        state = HookedRouting(Structure.of(model))
         model.__dict__[ATTRIBUTE] = state
     if _HOOKS not in model.__dict__:
         handles = [
             model.register_forward_pre_hook(_open, with_kwargs=True),
             model.register_forward_hook(_close, with_kwargs=True, always_call=True),
         ]
-        for part in parts_of(model):
-            part.__dict__[ATTRIBUTE] = state
+        for path, part in parts_of(model).items():
+            part.__dict__[ATTRIBUTE], part.__dict__[_PATH] = state, path
             handles.append(part.register_forward_pre_hook(_open_part, with_kwargs=True))
             handles.append(part.register_forward_hook(_close_part, with_kwargs=True, always_call=True))
         model.__dict__[_HOOKS] = tuple(handles)
@@ -122,16 +205,11 @@ def detach(model: nn.Module) -> None:
     """Remove the hooks and the state; doing it twice changes nothing."""
     for handle in model.__dict__.pop(_HOOKS, ()):
         handle.remove()
-    for part in (model, *parts_of(model)):
+    for part in (model, *parts_of(model).values()):
         part.__dict__.pop(ATTRIBUTE, None)
+        part.__dict__.pop(_PATH, None)
+    stop_noting(model)
     withdraw(model)
-
-
-def parts_of(model: nn.Module) -> list[nn.Module]:
-    """Models inside a model that may be called on their own: backbone, encoder, decoder."""
-    from transformers import PreTrainedModel
-
-    return [module for module in model.modules() if module is not model and isinstance(module, PreTrainedModel)]
 
 
 def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -172,16 +250,26 @@ def _start(state: HookedRouting, module: nn.Module, arguments: dict[str, Any]) -
     # a first chunk of a padded prompt looks like rows of padding too; token decisions about it do no harm
     if arguments.get("past_key_values") is None or state.carries:
         check_rows(arguments.get("attention_mask"))
-    context = main_context(module, arguments, state.inputs)
+    generation = state.generation
+    context = main_context(module, arguments, state.inputs, None if generation is None else generation.prompt_width)
+    state.impose(context)
     if state.carries:
-        context.carried = _carried(module, arguments)
+        refuse_continuous_batching(arguments, "the experts of a sequence or request")
+        context.carried = _carried(module, arguments, generation)
         if context.carried is not None and not context.carried:
             _look_for_chunks()
-    state.open(context)
+    previous = state.current
+    if not previous.context.policy_gradient:
+        previous.context.release()
+    path = module.__dict__.get(_PATH, ROOT)
+    known = state.structure.has_rows_of_batch(path)
+    memory = memory_context(arguments, context, None, known)
+    started = Pass(context, backward_task())
+    started.enter(Call(path, context, memory, context, next_number()))
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        state.log.add(started)
+    state.current = started
     state.opened_eagerly = not torch.compiler.is_compiling()
-    state.encoder_context = None
-    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        state.encoder_context = encoder_context(context, arguments)
 
 
 def _look_for_chunks() -> None:
@@ -194,9 +282,24 @@ def _look_for_chunks() -> None:
 
 def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
-    if not state.context.is_open or _abandoned(state, module):
-        _start(state, module, named_arguments(module, args, kwargs))
+    arguments = named_arguments(module, args, kwargs)
+    current, number = state._pass()
+    if number is not None:
+        # recomputation of a whole part: its contexts are known
+        return
+    if not current.context.is_open or _abandoned(state, module):
+        _start(state, module, arguments)
         state.part, state.wants_aux_loss = module, False
+        return
+    path, structure = module.__dict__[_PATH], state.structure
+    known = structure.has_rows_of_batch(path)
+    if structure.holds_decoder(path):
+        context = current.context
+    else:
+        context = part_context(module, arguments, current.context, known, path == structure.decoder)
+    encoder = None if structure.encoder is None else current.latest.get(structure.encoder)
+    memory = memory_context(arguments, context, None if encoder is None else encoder.context, known)
+    current.enter(Call(path, context, memory, context, next_number()))
 
 
 def _abandoned(state: HookedRouting, module: nn.Module) -> bool:
@@ -221,22 +324,27 @@ def _abandoned(state: HookedRouting, module: nn.Module) -> bool:
 
 def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
-    if state.part is module:
+    if state.part is not module:
+        if state.current.context.is_open:
+            state.current.leave(state.structure.inside(module.__dict__[_PATH]))
+    else:
         state.part = None
-        _end(state)
+        _end(state, output)
         if module.training and torch.is_grad_enabled() and output is not None:
             deliver(state, module, None, {}, output)
 
 
-def _end(state: HookedRouting) -> None:
-    if state.encoder_context is not None:
-        state.encoder_context.is_open = False
+def _end(state: HookedRouting, output: Any) -> None:
+    current = state.current
     state.close()
+    current.close()
+    if output is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        current.keep_with(output)
 
 
 def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
-    _end(state)
+    _end(state, output)
     if output is None:
         return None
     _keep_decisions(state.context, module, output)
@@ -302,7 +410,9 @@ def _cache_of(cache: Any) -> Any:
     return getattr(cache, "self_attention_cache", cache)
 
 
-def _carried(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor] | None:
+def _carried(
+    module: nn.Module, arguments: dict[str, Any], generation: Generation | None
+) -> dict[str, Tensor] | None:
     """Decisions that ride on the cache of this request, to be filled by its first pass."""
     # a training pass is its own request; generation in training mode runs without gradients
     if module.training and torch.is_grad_enabled():
@@ -311,7 +421,8 @@ def _carried(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Tensor] 
 
     cache = _cache_of(arguments.get("past_key_values"))
     if cache is None:
-        return {}
+        # without a cache the decisions hold for the call of `generate`
+        return {} if generation is None else generation.carried
     return ensure_carrier(cache, _num_layers(module)).sites
 
 

@@ -1,19 +1,23 @@
 """What a routing decision may know besides its input `x`.
 
-A `RoutingContext` belongs to one forward pass of a model. It is made when the pass starts and lives until the next
-one starts, because recomputation under gradient checkpointing reads it again while the backward pass runs.
+A `RoutingContext` belongs to one forward pass of a model, or of a part of it that sees other tokens (a tower, an
+encoder). Recomputation under gradient checkpointing reads it again while the backward pass runs, so it lives as long
+as the graph of its pass. Contexts of one pass share what the pass collects.
 
 Shapes: B batch rows, S sequence, T = B*S tokens, E experts, N decisions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moe_kit.errors import RoutingError
 
@@ -21,18 +25,63 @@ if TYPE_CHECKING:
     from moe_kit.routing.decision import Routing
 
 
+class InputIdentity:
+    """Tells whether a tensor is the input seen before: the same object, or the same unchanged numbers in memory.
+
+    Hooks of a module (those of sharded training among them) may hand on a view of its input.
+
+    Args:
+        x: the input; it is not kept alive.
+    """
+
+    __slots__ = ("_address", "_object", "_storage")
+
+    def __init__(self, x: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            # a compiled graph can trace neither weak references nor addresses
+            self._object, self._storage, self._address = (lambda: x), None, None
+            return
+        self._object = weakref.ref(x)
+        self._address = _address(x)
+        # keeps the address from being given to another tensor, not the memory
+        self._storage = None if self._address is None else StorageWeakRef(x.untyped_storage())
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether `x` is that input.
+
+        Args:
+            x: any tensor.
+        """
+        if torch.compiler.is_compiling():
+            return self._object() is x
+        address = self._address
+        if address is None or self._storage is None:
+            return self._object() is x
+        return not self._storage.expired() and address == _address(x)
+
+
+def _address(x: Tensor) -> tuple | None:
+    """Where a tensor lies and which state its numbers are in; None where that cannot be told."""
+    try:
+        version = None if x.is_inference() else x._version
+        return (x.data_ptr(), x.untyped_storage()._cdata, x.shape, x.stride(), x.dtype, version)
+    except (RuntimeError, NotImplementedError):
+        # a tensor without memory (a meta tensor, a subclass)
+        return None
+
+
 @dataclass(slots=True)
 class SharedInput:
     """What layers that read one input have in common in a pass.
 
     Attributes:
-        reference: gives the input, or None once it is gone.
+        input: the input.
         routing: the decision about it.
         mode: (whether the pass was open, whether there was a graph) when it was made.
         outputs: outputs computed along with the first layer's, by module path; each is taken once.
     """
 
-    reference: Callable[[], Tensor | None]
+    input: InputIdentity
     routing: Routing
     mode: tuple[bool, bool]
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -47,7 +96,7 @@ class SharedInput:
             x: the layer's input.
             mode: as in the attributes.
         """
-        return self.mode == mode and self.reference() is x
+        return self.mode == mode and self.input.is_of(x)
 
 
 @dataclass
@@ -58,6 +107,12 @@ class RoutingContext:
         mask_BS: bool [B, S], True for real tokens; None = all real.
         prompt_mask_BS: bool [B, S], True for tokens a sequence-scope decision may read; None = `mask_BS`.
         shape_BS: (B, S) of the pass's tokens; None = not known. It tells the rows of a flattened input.
+        rows_known: rows are those of the batch, so values given for each row mean these; False in a tower, which may see
+            any number of images for a row.
+        lengths: tokens of each image or clip where a tower sees them in one row; None = one a row.
+        shortens: `mask_BS` is that of an input which the part shortens in time (sound), so a layer sees every n-th of it.
+        reduce_mask: gives the mask [B, S'] of a shortened input from (S', mask of the input); None = every n-th entry.
+        sequences_known: False where tokens of several sequences lie in one row and nothing tells them apart.
         sequence_BS: int64 [B, S], which sequence a token belongs to when rows are packed, numbered over the whole
             batch; None = one sequence a row.
         num_sequences: number of sequences in `sequence_BS`; None = number of rows.
@@ -71,6 +126,7 @@ class RoutingContext:
         routings: site name -> the `Routing` made last in this pass.
         shared: site name -> what layers with the same input read.
         spent: site name -> module paths that have read its entry in `shared` since the pass ended.
+        deciders: site name -> module path of the layer whose input a router shared by a block or the model read.
         registered: every Routing registered in this pass, as (site, routing, router).
         carried: site name -> float32 logits [B, E] of decisions that outlive the prompt (sequence and request scope).
             A hook gives an empty dict when a cache starts, keeps what the routers put in, and gives it back while
@@ -81,11 +137,19 @@ class RoutingContext:
         closed_losses: unscaled auxiliary losses by name, filled when the forward ends.
         closed_terms: (router, name, unscaled loss), one for each loss of each group of routers, filled as well.
         tokens: (rows, columns, device) -> what `tokens_of` gives, made once for all routers.
+        views: the other contexts of the pass.
+        others: (rows, columns, whether flattened) -> the view for such an input, made once.
+        rows_seen: rows of the last input with rows and columns, where `shape_BS` is not known.
     """
 
     mask_BS: Tensor | None = None
     prompt_mask_BS: Tensor | None = None
     shape_BS: tuple[int, int] | None = None
+    rows_known: bool = True
+    lengths: tuple[int, ...] | None = None
+    shortens: bool = False
+    reduce_mask: Callable[[int, Tensor], Tensor] | None = None
+    sequences_known: bool = True
     sequence_BS: Tensor | None = None
     num_sequences: int | None = None
     task_ids_B: Tensor | None = None
@@ -98,16 +162,133 @@ class RoutingContext:
     routings: dict[str, Routing] = field(default_factory=dict)
     shared: dict[str, SharedInput] = field(default_factory=dict)
     spent: dict[str, set[str]] = field(default_factory=dict)
+    deciders: dict[str, str] = field(default_factory=dict)
     registered: list[tuple[str, Routing, torch.nn.Module]] = field(default_factory=list)
     carried: dict[str, Tensor] | None = None
     policy_gradient: bool = False
     is_open: bool = True
     closed_losses: dict[str, Tensor] = field(default_factory=dict)
     closed_terms: list[tuple[Any, str, Tensor]] = field(default_factory=list)
+    views: list[RoutingContext] = field(default_factory=list)
     # not taken over by `dataclasses.replace`: another view of a pass has other tokens
+    others: dict[tuple[int, int, bool], RoutingContext] = field(default_factory=dict, init=False)
+    rows_seen: int | None = field(default=None, init=False)
     tokens: dict[tuple[int, int, torch.device], tuple[Tensor, int, Tensor | None]] = field(
         default_factory=dict, init=False
     )
+
+    def derive(self, **changes: Any) -> RoutingContext:
+        """Another context of this pass, for other tokens.
+
+        Args:
+            **changes: fields that differ.
+
+        Returns:
+            A context that shares what the pass collects, and is closed with it.
+        """
+        view = replace(self, **changes)
+        self.views.append(view)
+        return view
+
+    def close(self) -> None:
+        """End the pass: its routers register nothing more."""
+        for context in (self, *self.views):
+            context.is_open = False
+
+    def release(self) -> None:
+        """Forget what only the trainer of this pass asks for, when another pass starts; recomputation needs the rest."""
+        shared = self.deciders.keys()
+        kept = {site: routing for site, routing in self.routings.items() if site in shared}
+        for context in (self, *self.views):
+            context.routings, context.shared, context.spent = kept, {}, {}
+            context.registered, context.closed_losses, context.closed_terms = [], {}, []
+
+    def fitting(self, x: Tensor) -> RoutingContext:
+        """The context for the input of a layer, which may see other tokens than its model was given.
+
+        Args:
+            x: float [..., D], the layer's input.
+
+        Returns:
+            This context, or a view of it: a pooled state is one token of each row, flattened tokens of a tower are the
+            images of `lengths`, a shortened input has a shortened mask, and a head may see the last columns only. Where
+            nothing is known about tokens, all are real.
+        """
+        shape = self.shape_BS
+        if x.dim() > 2:
+            batch, length = x.shape[0], x.shape[1] if x.dim() == 3 else math.prod(x.shape[1:-1])
+            if shape is None:
+                self.rows_seen = batch
+                return self if self.mask_BS is None and self.lengths is None else self._other(batch, length)
+            return self if batch == shape[0] and length == shape[1] else self._other(batch, length)
+        if x.dim() < 2:
+            return self
+        rows = x.shape[0]
+        if shape is not None:
+            if rows == shape[0] * shape[1]:
+                return self
+            return self._other(rows, 1) if rows == shape[0] else self._other(1, rows, flat=True)
+        if rows == self.rows_seen:
+            return self._other(rows, 1)
+        # a module that no hook told about its tokens takes them as they are
+        return self if self.rows_known and self.mask_BS is None else self._other(1, rows, flat=True)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether the rows and columns of an input are those that this context is about.
+
+        Args:
+            shape: (rows, columns).
+        """
+        if self.shape_BS is not None:
+            return tuple(shape) == tuple(self.shape_BS)
+        return self.rows_seen == shape[0]
+
+    def _other(self, batch: int, length: int, flat: bool = False) -> RoutingContext:
+        if torch.compiler.is_compiling():
+            return self._view(batch, length, flat)
+        key = (batch, length, flat)
+        if key not in self.others:
+            self.others[key] = self._view(batch, length, flat)
+        return self.others[key]
+
+    def _view(self, batch: int, length: int, flat: bool) -> RoutingContext:
+        given = self.shape_BS if self.shape_BS is not None else None if self.mask_BS is None else self.mask_BS.shape
+        own = given is not None and given[0] == batch and not flat
+        changes: dict[str, Any] = {
+            "shape_BS": (batch, length),
+            "rows_known": self.rows_known and (own or given is None),
+            "mask_BS": None,
+            "prompt_mask_BS": None,
+            "sequence_BS": None,
+            "num_sequences": None,
+        }
+        if own and self.shortens:
+            changes["mask_BS"] = None if self.mask_BS is None else self._reduced(self.mask_BS, length)
+        elif own and 1 < length < given[1]:
+            for name in ("mask_BS", "prompt_mask_BS", "sequence_BS"):
+                value = getattr(self, name)
+                changes[name] = None if value is None else value[:, given[1] - length :]
+            changes["num_sequences"] = self.num_sequences
+        elif batch == 1 and self.lengths is not None:
+            changes["sequence_BS"], changes["num_sequences"] = _of_lengths(self.lengths, length)
+            changes["sequences_known"] = changes["sequence_BS"] is not None or len(self.lengths) == 1
+        elif flat:
+            changes["sequences_known"] = False
+        elif given is not None and batch == 1 != given[0]:
+            # a table without a batch (relative positions): no tokens, so they count in no load and no loss
+            changes["is_open"] = False
+        return self.derive(**changes)
+
+    def _reduced(self, mask_BS: Tensor, length: int) -> Tensor | None:
+        """The mask of an input that a tower has shortened in time."""
+        columns = mask_BS.shape[1]
+        if columns == length:
+            return mask_BS
+        if self.reduce_mask is not None:
+            return self.reduce_mask(length, mask_BS.long()).bool()
+        step = round(columns / length)
+        reduced = mask_BS[:, ::step]
+        return reduced if reduced.shape[1] == length else None
 
     @property
     def is_free(self) -> bool:
@@ -152,7 +333,7 @@ class RoutingContext:
         cropped = _crop(self.sequence_BS, batch, length, "sequence index")
         assert cropped is not None
         assert self.num_sequences is not None
-        return cropped, self.num_sequences
+        return cropped.to(device), self.num_sequences
 
     def tokens_of(self, batch: int, length: int, device: torch.device) -> tuple[Tensor, int, Tensor | None]:
         """Sequence of each token, number of sequences, and mask of each token.
@@ -176,8 +357,10 @@ class RoutingContext:
         """Repeat a per-row value to `batch` rows: beams and returned sequences repeat each row.
 
         Raises:
-            RoutingError: if `batch` is not a multiple of the value's rows.
+            RoutingError: if `batch` is not a multiple of the value's rows, or the rows of the batch are not known.
         """
+        if not self.rows_known:
+            return self._same_for_all(value, batch, name)
         if value.shape[0] == batch:
             return value
         if value.shape[0] == 0 or batch % value.shape[0]:
@@ -186,6 +369,27 @@ class RoutingContext:
                 f"give one row for each batch row (a multiple of them is repeated for beams)."
             )
         return value.repeat_interleave(batch // value.shape[0], dim=0)
+
+
+    def _same_for_all(self, value: Tensor, batch: int, name: str) -> Tensor:
+        """One value for all rows of a tower, whose images may belong to any row of the batch."""
+        first = value[:1]
+        if bool((value == first).all()):
+            return first.expand(batch, *value.shape[1:])
+        raise RoutingError(
+            f"{name} differs between the rows of the batch, and an adapted tower (vision, audio, a projector) sees images "
+            "or clips that may belong to any of them: give all rows the same value, or leave the tower out with "
+            "exclude_modules."
+        )
+
+
+def _of_lengths(lengths: tuple[int, ...], total: int) -> tuple[Tensor | None, int | None]:
+    """Which image each token belongs to, int64 [1, total], and the number of images; None where the sizes do not fit."""
+    step, rest = divmod(sum(lengths), total)
+    if rest or any(length % step for length in lengths):
+        return None, None
+    counts = torch.tensor(lengths) // step
+    return torch.arange(len(lengths)).repeat_interleave(counts)[None], len(lengths)
 
 
 def _crop(value_BS: Tensor | None, batch: int, length: int, name: str) -> Tensor | None:

@@ -102,8 +102,17 @@ class SequenceScope:
         Args:
             x_BSD: float [B, S, D].
             context: the pass.
+
+        Raises:
+            RoutingError: if tokens of several sequences lie in one row and nothing tells them apart.
         """
         batch, length, width = x_BSD.shape
+        if not context.sequences_known:
+            raise RoutingError(
+                f"an adapted layer sees {batch * length} tokens in one row, and nothing tells which image or sequence each "
+                f"belongs to, so scope={self.name!r} cannot decide for each: use scope='token', or leave these layers out "
+                "with exclude_modules."
+            )
         sequence_T, count = context.sequence_T(batch, length, x_BSD.device)
         prompt_T = context.prompt_mask_T(batch, length)
         x_TD = x_BSD.reshape(-1, width)
@@ -140,7 +149,10 @@ class RequestScope:
             x_BSD: float [B, S, D].
             context: the pass.
         """
-        return SequenceScope(self.pool).decisions(x_BSD, replace(context, sequence_BS=None, num_sequences=None))
+        if context.rows_known:
+            context = replace(context, sequence_BS=None, num_sequences=None)
+        # in a tower, whose rows are not the batch's, an image is what a request can tell
+        return SequenceScope(self.pool).decisions(x_BSD, context)
 
 
 @dataclass(frozen=True)

@@ -53,29 +53,25 @@ class ModelRouting:
 
     def open(self, context: RoutingContext) -> None:
         """Start a forward pass."""
+        self.impose(context)
+        self.context = context
+
+    def impose(self, context: RoutingContext) -> None:
+        """Put what the user replays or forces into a context.
+
+        Args:
+            context: of a pass that starts.
+        """
         for name, value in self.overrides.items():
             setattr(context, name, value)
-        self.context = context
 
     def close(self) -> None:
         """End the forward pass: compute auxiliary losses, record ids, stop registering."""
         context = self.context
-        context.is_open = False
+        context.close()
         context.closed_losses, context.closed_terms = auxiliary_losses(context, self.balances_globally)
         if self.record is not None:
             self.record.update({site: routing.expert_ids_NK.detach() for site, routing, _ in context.registered})
-
-    def current_pass(self) -> tuple:
-        """What recomputation of the last forward pass reads; give it to `return_to` before the backward."""
-        return (self.context,)
-
-    def return_to(self, current: tuple) -> None:
-        """Make an earlier forward pass the current one again, where several precede one backward.
-
-        Args:
-            current: what `current_pass` gave after that forward.
-        """
-        (self.context,) = current
 
     def total_loss(self) -> Tensor | None:
         """Sum of coefficient times loss over the last forward, or None if no router has a loss."""

@@ -129,7 +129,7 @@ def test_policy_gradient_is_unbiased_on_one_layer():
             penalties.append(float(model(**batch, use_cache=False).loss) + settings.cost * action)
     last.weight.grad = None
     model(**batch, use_cache=False)
-    probabilities = state.traces[0].logits_NA.softmax(-1)[0]
+    probabilities = state.present.traces[0].logits_NA.softmax(-1)[0]
     (probabilities * torch.tensor(penalties)).sum().backward()
     exact = last.weight.grad
     assert torch.nn.functional.cosine_similarity(mean.flatten(), exact.flatten(), dim=0) > 0.99

@@ -118,8 +118,8 @@ def test_a_failing_pass_leaves_no_trace():
     with pytest.raises(ZeroDivisionError):
         model(ids, past_key_values=DynamicCache())
     handle.remove()
-    assert state.under_way is None
-    assert not state.executing
+    assert state.present.under_way is None
+    assert not state.present.executing
     assert torch.equal(model(ids).logits, expected)
 
 

@@ -13,7 +13,7 @@ from moe_kit.depth.losses import LOSSES, Trace
 from moe_kit.depth.routers import ActionRouter
 from moe_kit.depth.sparse import run_tokens
 from moe_kit.depth.tokens import TokenDecision
-from moe_kit.routing.state import ModelRouting
+from moe_kit.hf.hooks import HookedRouting
 from tests.depth.families import FAMILIES, LAYERS, padded_batch, tiny
 from tests.depth.test_routers import routed, scramble
 
@@ -260,7 +260,7 @@ def test_results_forecasts_and_zeros_are_placed_and_weighted(actions, gated):
     decision = TokenDecision(
         action_T, inputs[1] if gated else None, False, sum(running), int((action_T == 3).sum()), max(running), batch=2
     )
-    call = Call(unit, torch.nn.Linear.forward, {}, "mlp", 0, ModelRouting())
+    call = Call(unit, torch.nn.Linear.forward, {}, "mlp", 0, HookedRouting())
     actual = run_tokens(call, inputs[0], decision, forecaster)
     gate, rest = (inputs[1].view(2, 3, 1), 1 - inputs[1].view(2, 3, 1)) if gated else (1.0, 1.0)
     action = action_T.view(2, 3, 1)

@@ -1,0 +1,344 @@
+"""Forward passes of a model: whose tokens a layer sees, and which pass a recomputation belongs to.
+
+A model may hold others: vision and audio towers, an encoder, a text backbone. Each of these parts sees tokens of its
+own, so each call of a part has a context of its own, and a layer reads that of the innermost part around it. Parts are
+the `PreTrainedModel`s inside a model, by their path. Three rules follow from the structure alone:
+
+- A layer inside a part reads the context of that part's call.
+- A layer of a model that holds the text decoder, but inside no part (a projector, a head), reads the context of the
+  part that ran last: a projector follows a tower, a head follows the decoder.
+- Keys and values of cross-attention read the memory that their part was given.
+
+Recomputation under gradient checkpointing runs while a backward pass is under way, when any number of other passes may
+have run since. Autograd numbers the nodes of a thread in the order of their creation, so a pass is an interval of
+numbers, and the node that asks for recomputed tensors lies in that of its own pass. A pass lives as long as the graph
+of its output, which holds it.
+
+Numbers count one thread's nodes: training passes of one model in several threads are not told apart.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_kit.errors import RoutingError
+from moe_kit.routing.context import RoutingContext
+
+ROOT = ""
+"""Path of the whole model, as a part."""
+
+_KEPT = "moe_routing_pass"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer lies among the parts of its model.
+
+    Attributes:
+        chain: parts around it, innermost first, `ROOT` last.
+        connecting: those of them that hold the text decoder without being it, if the layer lies directly in one.
+        reads_memory: keys and values of cross-attention, or a layer of an encoder.
+    """
+
+    chain: tuple[str, ...] = (ROOT,)
+    connecting: frozenset[str] = frozenset()
+    reads_memory: bool = False
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Parts of a model.
+
+    Attributes:
+        parts: their paths.
+        decoder: the part that reads the text, or whatever else the model is about; `ROOT` if that is the model itself.
+        encoder: the encoder of an encoder-decoder model, whose rows are those of the batch; None in others.
+    """
+
+    parts: tuple[str, ...] = ()
+    decoder: str = ROOT
+    encoder: str | None = None
+
+    @staticmethod
+    def of(model: nn.Module) -> Structure:
+        """The structure of a model.
+
+        Args:
+            model: any module; one that is no Hugging Face model has no parts.
+        """
+        paths = {id(module): path for path, module in model.named_modules()}
+        is_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        return Structure(
+            tuple(parts_of(model)),
+            _path_from(model, "get_decoder", paths) or ROOT,
+            _path_from(model, "get_encoder", paths) if is_pair else None,
+        )
+
+    def place(self, path: str, reads_memory: bool = False) -> Place:
+        """Where a module lies.
+
+        Args:
+            path: its path.
+            reads_memory: it reads keys and values of cross-attention, or lies in an encoder.
+        """
+        inner = sorted((part for part in self.parts if _is_within(path, part)), key=len, reverse=True)
+        chain = (*inner, ROOT)
+        connects = self.holds_decoder(chain[0])
+        return Place(chain, frozenset(chain[:1] if connects else ()), reads_memory)
+
+    def inside(self, part: str) -> Place:
+        """Where a module directly in a part lies.
+
+        Args:
+            part: path of the part.
+        """
+        return self.place(f"{part}." if part else "")
+
+    def tower(self, path: str) -> str:
+        """Which tokens a layer sees, where a model has towers: a name for each tower, for what lies between, or "".
+
+        Args:
+            path: its path.
+        """
+        place = self.place(path)
+        if not self.has_rows_of_batch(place.chain[0]):
+            return f"#{place.chain[0]}"
+        return "#between" if place.connecting and not all(map(self.has_rows_of_batch, self.parts)) else ""
+
+    def holds_decoder(self, part: str) -> bool:
+        """Whether the decoder is a part inside this one.
+
+        Args:
+            part: path of the part.
+        """
+        return part != self.decoder and _is_within(self.decoder, part)
+
+    def has_rows_of_batch(self, part: str) -> bool:
+        """Whether the rows of a part are those of the batch: it holds or is the decoder, or an encoder before it.
+
+        Args:
+            part: path of the part.
+        """
+        sides = (self.decoder, self.encoder)
+        return any(side is not None and (part == side or _is_within(side, part)) for side in sides)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a part in a pass.
+
+    Attributes:
+        path: the part.
+        context: its tokens.
+        memory: the tokens that its cross-attention reads, if any are known.
+        result: the tokens of its output.
+        start: first number of its autograd nodes.
+        end: number behind the last; None while it runs.
+    """
+
+    path: str
+    context: RoutingContext
+    memory: RoutingContext | None
+    result: RoutingContext
+    start: int
+    end: int | None = None
+
+    def holds(self, number: int) -> bool:
+        """Whether a node was made in this call.
+
+        Args:
+            number: the node's number.
+        """
+        return self.start <= number and (self.end is None or number < self.end)
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass of a model, or of a part that was called on its own.
+
+    Attributes:
+        context: the tokens of what was called.
+        task: the backward pass within which this pass was started, -1 for none.
+        calls: calls of parts in the order of their start, the first one that of the pass itself.
+        latest: part -> its latest call.
+        behind: part that holds others -> tokens of the part inside it that ran last.
+        override: what the layers of a routed unit see in place of the text's tokens, while one runs.
+        notes: what others keep for the pass, by their name.
+    """
+
+    context: RoutingContext
+    task: int = -1
+    calls: list[Call] = field(default_factory=list)
+    latest: dict[str, Call] = field(default_factory=dict)
+    behind: dict[str, RoutingContext] = field(default_factory=dict)
+    override: RoutingContext | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def enter(self, call: Call) -> None:
+        """Start a call of a part.
+
+        Args:
+            call: the call.
+        """
+        self.calls.append(call)
+        self.latest[call.path] = call
+        self.behind.pop(call.path, None)
+
+    def leave(self, place: Place) -> None:
+        """End the latest call of a part.
+
+        Args:
+            place: what lies directly in the part; outside it are the parts around it.
+        """
+        path, *around = place.chain
+        call = self.latest[path]
+        call.end = next_number()
+        if path in place.connecting:
+            call.result = self.behind.get(path, call.context)
+        if around:
+            self.behind[around[0]] = call.result
+
+    def seen(self, place: Place, number: int | None = None) -> RoutingContext:
+        """Tokens of a layer.
+
+        Args:
+            place: where the layer lies.
+            number: of the autograd node that asks for the layer's forward to be run again; None while the pass runs.
+        """
+        for path in place.chain:
+            call = self.latest.get(path) if number is None else self._call(path, number)
+            if call is None:
+                continue
+            if place.reads_memory and call.memory is not None:
+                return call.memory
+            if path in place.connecting:
+                behind = self.behind.get(path) if number is None else self._behind(call, number)
+                return call.context if behind is None else behind
+            return call.context
+        return self.context
+
+    def _call(self, path: str, number: int) -> Call | None:
+        return next((call for call in reversed(self.calls) if call.path == path and call.holds(number)), None)
+
+    def _behind(self, call: Call, number: int) -> RoutingContext | None:
+        ended = [
+            (inner.end, -inner.start, inner.result)
+            for inner in self.calls
+            if inner is not call and inner.end is not None and call.start <= inner.start and inner.end <= number
+        ]
+        return max(ended, key=lambda known: known[:2])[2] if ended else None
+
+    def close(self) -> None:
+        """End the pass: nothing more is registered or counted."""
+        self.context.close()
+        for call in self.calls:
+            call.end = next_number() if call.end is None else call.end
+
+    def keep_with(self, output: Any) -> None:
+        """Let the graph of an output hold this pass.
+
+        Args:
+            output: tensors, or a collection of them; those without a graph are skipped.
+        """
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.metadata.setdefault(_KEPT, []).append(self)
+
+
+class PassLog:
+    """The passes of a model whose graphs may still be run backward."""
+
+    def __init__(self) -> None:
+        self._passes: list[weakref.ref[Pass]] = []
+
+    def add(self, started: Pass) -> None:
+        """Note a pass that starts; only a weak reference is kept.
+
+        Args:
+            started: the pass.
+        """
+        self._passes = [known for known in self._passes if known() is not None]
+        self._passes.append(weakref.ref(started))
+
+    def find(self, number: int) -> Pass | None:
+        """The pass that made a node.
+
+        Args:
+            number: the node's number.
+
+        Returns:
+            The pass, or None if none of those that are alive made it.
+
+        Raises:
+            RoutingError: if several passes have this number: they ran in several threads.
+        """
+        found = [known for known in (reference() for reference in self._passes) if known and _holds(known, number)]
+        if len(found) > 1:
+            raise RoutingError(
+                "gradient checkpointing recomputes a layer, and passes of several threads may be meant: run the training "
+                "passes of one model in one thread, or without gradient checkpointing."
+            )
+        return found[0] if found else None
+
+
+def _holds(known: Pass, number: int) -> bool:
+    return bool(known.calls) and known.calls[0].holds(number)
+
+
+def next_number() -> int:
+    """Number of the next autograd node of this thread; -1 while compiling, where nothing is recomputed in Python."""
+    return -1 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
+
+
+def backward_task() -> int:
+    """The backward pass that is under way in this thread, -1 for none."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def running_node() -> int | None:
+    """Number of the autograd node that runs in this thread, None for none."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Models inside a model, which see tokens of their own and may be called on their own.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Path -> backbone, encoder, decoder or tower, outer ones first.
+    """
+    from transformers import PreTrainedModel
+
+    return {
+        path: module for path, module in model.named_modules() if path and isinstance(module, PreTrainedModel)
+    }
+
+
+def _path_from(model: nn.Module, getter: str, paths: dict[int, str]) -> str | None:
+    get = getattr(model, getter, None)
+    try:
+        return paths.get(id(get())) if callable(get) else None
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _is_within(path: str, part: str) -> bool:
+    return part == ROOT or path.startswith(part + ".")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
