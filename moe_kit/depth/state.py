@@ -25,6 +25,7 @@ from moe_kit.hf.cache import CarriedDecisions, ensure_carrier
 from moe_kit.hf.delivery import announced
 from moe_kit.hf.hooks import HookedRouting
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.scope import check_sequences
 
 if TYPE_CHECKING:
     from moe_kit.depth.tokens import TokenDecision
@@ -279,6 +280,7 @@ class DepthState:
         key = (count, batch, length, device)
         pooling = self.present.pooling
         if key not in pooling:
+            check_sequences(self.routing.context, "a layer router that reads the prompt")
             mask_T = self.routing.context.prompt_mask_T(batch, length)
             mask_BS = torch.ones(batch, length, dtype=torch.bool) if mask_T is None else mask_T.view(batch, length)
             mask_BS = mask_BS.to(device)

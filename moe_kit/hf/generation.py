@@ -5,7 +5,7 @@ call holds all tokens so far, and in assisted decoding the first call holds cand
 notes the width of its prompt, and keeps the decisions of the request where there is no cache for them to ride on.
 
 Continuous batching joins the tokens of many requests in one row and moves them between calls. A decision about a
-sequence is refused there: it would be made for the whole row.
+sequence is refused there, by the router that would make it for the whole row.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_kit.errors import RoutingError
+from moe_kit.routing.scope import JOINED
 from moe_kit.routing.state import ATTRIBUTE
 
-_GENERATE = "generate"
+_GENERATE, _GENERATE_BATCH = "generate", "generate_batch"
 
 
 @dataclass
@@ -47,11 +48,14 @@ def note_generate(model: nn.Module, wrapper: Callable[..., Any] | None = None) -
     """
     if hasattr(type(model), _GENERATE) and (wrapper is not None or _GENERATE not in model.__dict__):
         model.__dict__[_GENERATE] = functools.partial(wrapper or generate_noted, model)
+        if hasattr(type(model), _GENERATE_BATCH):
+            model.__dict__[_GENERATE_BATCH] = functools.partial(_generate_batch, model)
 
 
 def stop_noting(model: nn.Module) -> None:
     """Undo `note_generate`."""
     model.__dict__.pop(_GENERATE, None)
+    model.__dict__.pop(_GENERATE_BATCH, None)
 
 
 def generate_noted(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -90,19 +94,23 @@ def prompt_width(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int |
     return prompt.shape[1] if isinstance(prompt, Tensor) else None
 
 
-def refuse_continuous_batching(arguments: dict[str, Any], decisions: str) -> None:
-    """Refuse a pass over the joined tokens of many requests.
+def joins_requests(arguments: dict[str, Any]) -> bool:
+    """Whether a pass is one of continuous batching, over the joined tokens of many requests.
 
     Args:
         arguments: arguments of the model by name.
-        decisions: what cannot be decided, for the message.
+    """
+    return "Paged" in type(arguments.get("cache")).__name__
+
+
+def _generate_batch(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`generate_batch`, which keeps to itself why a request failed: a refusal by a router is raised.
 
     Raises:
-        RoutingError: if the pass is one of continuous batching.
+        RoutingError: if a router cannot decide for requests that are joined.
     """
-    if "Paged" in type(arguments.get("cache")).__name__:
-        raise RoutingError(
-            f"{decisions} cannot be decided under continuous batching (`generate_batch`, `transformers serve "
-            "--continuous-batching`), which joins the tokens of many requests in one row: call `generate`, or use a router "
-            "that decides for each token."
-        )
+    results = type(model).generate_batch(model, *args, **kwargs)
+    for result in results.values():
+        if JOINED in str(getattr(result, "error", "")):
+            raise RoutingError(result.error)
+    return results

@@ -31,7 +31,7 @@ from moe_kit.hf.batch import IGNORED_LABEL, main_context, memory_context, part_c
 from moe_kit.hf.checks import check_rows
 from moe_kit.hf.delivery import check_policy, check_reentrant, deliver, strip_request, withdraw, zero_of_policy
 from moe_kit.errors import RoutingError
-from moe_kit.hf.generation import Generation, refuse_continuous_batching, stop_noting
+from moe_kit.hf.generation import Generation, joins_requests, stop_noting
 from moe_kit.hf.passes import (
     ROOT,
     Call,
@@ -253,8 +253,9 @@ def _start(state: HookedRouting, module: nn.Module, arguments: dict[str, Any]) -
     generation = state.generation
     context = main_context(module, arguments, state.inputs, None if generation is None else generation.prompt_width)
     state.impose(context)
+    if joins_requests(arguments):
+        context.sequences_known = False
     if state.carries:
-        refuse_continuous_batching(arguments, "the experts of a sequence or request")
         context.carried = _carried(module, arguments, generation)
         if context.carried is not None and not context.carried:
             _look_for_chunks()

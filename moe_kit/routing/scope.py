@@ -18,6 +18,9 @@ from torch import Tensor
 from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.routing.context import RoutingContext
 
+JOINED = "tokens of several sequences lie in one row and nothing tells which token belongs to which"
+"""How a refusal of joined sequences begins."""
+
 Pool = Literal["inputs", "logits", "probabilities"]
 
 
@@ -107,12 +110,7 @@ class SequenceScope:
             RoutingError: if tokens of several sequences lie in one row and nothing tells them apart.
         """
         batch, length, width = x_BSD.shape
-        if not context.sequences_known:
-            raise RoutingError(
-                f"an adapted layer sees {batch * length} tokens in one row, and nothing tells which image or sequence each "
-                f"belongs to, so scope={self.name!r} cannot decide for each: use scope='token', or leave these layers out "
-                "with exclude_modules."
-            )
+        check_sequences(context, f"scope={self.name!r}")
         sequence_T, count = context.sequence_T(batch, length, x_BSD.device)
         prompt_T = context.prompt_mask_T(batch, length)
         x_TD = x_BSD.reshape(-1, width)
@@ -192,6 +190,23 @@ class TaskScope:
         rows_B = torch.arange(batch, device=x_BSD.device)
         decision_T = rows_B.repeat_interleave(length, output_size=batch * length)
         return Decisions(None, decision_T, rows_B, batch, None, task_ids_N=task_ids_B)
+
+
+def check_sequences(context: RoutingContext, what: str) -> None:
+    """Refuse a decision about a sequence where its tokens cannot be told from others.
+
+    Args:
+        context: the pass.
+        what: what would decide, for the message.
+
+    Raises:
+        RoutingError: if tokens of several sequences lie in one row and nothing tells them apart.
+    """
+    if not context.sequences_known:
+        raise RoutingError(
+            f"{JOINED}, so {what} cannot decide for each. Under continuous batching call `generate` in place of "
+            "`generate_batch`; in a tower leave such layers out with exclude_modules; or decide for each token."
+        )
 
 
 def _check_pool(pool: str) -> None:
