@@ -175,7 +175,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
 
     def _context(self, x: Tensor) -> RoutingContext:
         """Context of the tokens that this layer sees in the pass that runs, or is recomputed."""
-        return self.state.context_of(self.place).fitting(x)
+        return self.state.context_for(self.place, x)
 
     def _rows(self, x: Tensor, context: RoutingContext) -> Tensor:
         """The rows of a flattened input again: a feed-forward block may hand its linears [T, D]."""
@@ -361,4 +361,3 @@ def linear_widths(layer: nn.Module) -> tuple[int, int]:
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return int(layer.in_features), int(layer.out_features)
     raise RoutingError(f"cannot adapt a {type(layer).__name__}: routed adapters go on linear layers.")
-

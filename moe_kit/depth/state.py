@@ -312,8 +312,7 @@ class DepthState:
             return {}
         config = self.configs[self.active()]
         return {
-            name: (coefficient, LOSSES[name](traces, config.target_rate))
-            for name, coefficient in config.losses.items()
+            name: (coefficient, LOSSES[name](traces, config.target_rate)) for name, coefficient in config.losses.items()
         }
 
 

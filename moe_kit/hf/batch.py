@@ -181,7 +181,9 @@ def memory_context(
 def _read_by_encoder(arguments: dict[str, Any], whole: RoutingContext) -> RoutingContext | None:
     """Tokens of the encoder in a call of a whole encoder-decoder model, for layers that lie in no part."""
     shape = _shape(arguments, "input_ids", "inputs_embeds")
-    if shape is None or all(arguments.get(name) is None for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds")):
+    if shape is None or all(
+        arguments.get(name) is None for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds")
+    ):
         return None
     return whole.derive(
         mask_BS=real_tokens(arguments.get("attention_mask"), shape),

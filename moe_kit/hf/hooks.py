@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,7 @@ from moe_kit.errors import RoutingError
 from moe_kit.hf.generation import Generation, joins_requests, stop_noting
 from moe_kit.hf.passes import (
     ROOT,
+    TABLES,
     Call,
     Pass,
     PassLog,
@@ -42,6 +44,7 @@ from moe_kit.hf.passes import (
     backward_task,
     next_number,
     parts_of,
+    readers_of_tables,
     running_node,
 )
 from moe_kit.routing.context import RoutingContext
@@ -134,6 +137,19 @@ class HookedRouting(ModelRouting):
         # layers that were called by hand, after a pass
         return (current, None) if found is None else (found, number)
 
+    def context_for(self, place: Place, x: Tensor) -> RoutingContext:
+        """Context of the input of a layer.
+
+        Args:
+            place: where the layer lies.
+            x: float [..., D], its input.
+        """
+        context = self.context_of(place)
+        table = self.current.table
+        if table is not None and self.current.is_table(x):
+            return context.of_table(x.shape[1])
+        return context.fitting(x)
+
     def running(self) -> Pass:
         """The pass under way, the one that is recomputed, or the last one."""
         return self._pass()[0]
@@ -197,6 +213,9 @@ def attach(model: nn.Module) -> HookedRouting:
             part.__dict__[ATTRIBUTE], part.__dict__[_PATH] = state, path
             handles.append(part.register_forward_pre_hook(_open_part, with_kwargs=True))
             handles.append(part.register_forward_hook(_close_part, with_kwargs=True, always_call=True))
+        for module in readers_of_tables(model):
+            module.__dict__[ATTRIBUTE] = state
+            handles.append(module.register_forward_pre_hook(_note_table, with_kwargs=True))
         model.__dict__[_HOOKS] = tuple(handles)
     return state
 
@@ -205,7 +224,7 @@ def detach(model: nn.Module) -> None:
     """Remove the hooks and the state; doing it twice changes nothing."""
     for handle in model.__dict__.pop(_HOOKS, ()):
         handle.remove()
-    for part in (model, *parts_of(model).values()):
+    for part in (model, *parts_of(model).values(), *readers_of_tables(model)):
         part.__dict__.pop(ATTRIBUTE, None)
         part.__dict__.pop(_PATH, None)
     stop_noting(model)
@@ -301,6 +320,15 @@ def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     encoder = None if structure.encoder is None else current.latest.get(structure.encoder)
     memory = memory_context(arguments, context, None if encoder is None else encoder.context, known)
     current.enter(Call(path, context, memory, context, next_number()))
+
+
+def _note_table(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    state: HookedRouting = module.__dict__[ATTRIBUTE]
+    if torch.compiler.is_compiling():
+        return
+    arguments = named_arguments(module, args, kwargs)
+    table = next((arguments[name] for name in TABLES if arguments.get(name) is not None), None)
+    state.current.table = None if table is None else weakref.ref(table)
 
 
 def _abandoned(state: HookedRouting, module: nn.Module) -> bool:
@@ -411,9 +439,7 @@ def _cache_of(cache: Any) -> Any:
     return getattr(cache, "self_attention_cache", cache)
 
 
-def _carried(
-    module: nn.Module, arguments: dict[str, Any], generation: Generation | None
-) -> dict[str, Tensor] | None:
+def _carried(module: nn.Module, arguments: dict[str, Any], generation: Generation | None) -> dict[str, Tensor] | None:
     """Decisions that ride on the cache of this request, to be filled by its first pass."""
     # a training pass is its own request; generation in training mode runs without gradients
     if module.training and torch.is_grad_enabled():

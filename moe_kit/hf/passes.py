@@ -19,7 +19,9 @@ Numbers count one thread's nodes: training passes of one model in several thread
 
 from __future__ import annotations
 
+import inspect
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,8 @@ ROOT = ""
 """Path of the whole model, as a part."""
 
 _KEPT = "moe_routing_pass"
+TABLES = ("rel_embeddings",)
+"""Arguments of attention that are tables of positions."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,7 @@ class Pass:
         latest: part -> its latest call.
         behind: part that holds others -> tokens of the part inside it that ran last.
         override: what the layers of a routed unit see in place of the text's tokens, while one runs.
+        table: gives the table of positions that the attention which runs was called with.
         notes: what others keep for the pass, by their name.
     """
 
@@ -177,6 +182,7 @@ class Pass:
     latest: dict[str, Call] = field(default_factory=dict)
     behind: dict[str, RoutingContext] = field(default_factory=dict)
     override: RoutingContext | None = None
+    table: Callable[[], Tensor | None] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     def enter(self, call: Call) -> None:
@@ -232,6 +238,17 @@ class Pass:
             if inner is not call and inner.end is not None and call.start <= inner.start and inner.end <= number
         ]
         return max(ended, key=lambda known: known[:2])[2] if ended else None
+
+    def is_table(self, x: Tensor) -> bool:
+        """Whether the input of a layer is a table of positions, which goes through layers that see tokens as well.
+
+        Args:
+            x: the input.
+        """
+        if self.table is None or x.dim() != 3 or x.shape[0] != 1:
+            return False
+        table = self.table()
+        return table is not None and x.data_ptr() == table.data_ptr()
 
     def close(self) -> None:
         """End the pass: nothing more is registered or counted."""
@@ -317,9 +334,18 @@ def parts_of(model: nn.Module) -> dict[str, nn.Module]:
     """
     from transformers import PreTrainedModel
 
-    return {
-        path: module for path, module in model.named_modules() if path and isinstance(module, PreTrainedModel)
-    }
+    return {path: module for path, module in model.named_modules() if path and isinstance(module, PreTrainedModel)}
+
+
+def readers_of_tables(model: nn.Module) -> list[nn.Module]:
+    """Modules that are called with a table of positions, as DeBERTa's attention is.
+
+    Args:
+        model: the model.
+    """
+    kinds = {type(module) for module in model.modules()}
+    readers = {kind for kind in kinds if any(name in inspect.signature(kind.forward).parameters for name in TABLES)}
+    return [module for module in model.modules() if type(module) in readers]
 
 
 def _path_from(model: nn.Module, getter: str, paths: dict[int, str]) -> str | None:

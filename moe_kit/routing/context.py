@@ -275,9 +275,27 @@ class RoutingContext:
         elif flat:
             changes["sequences_known"] = False
         elif given is not None and batch == 1 != given[0]:
-            # a table without a batch (relative positions): no tokens, so they count in no load and no loss
-            changes["is_open"] = False
+            return self.of_table(length)
         return self.derive(**changes)
+
+    def of_table(self, length: int) -> RoutingContext:
+        """The context for a table without a batch, as of relative positions, that goes through a layer of tokens.
+
+        Its rows are no tokens: they count in no load and no loss, and a decision about a sequence is not theirs.
+
+        Args:
+            length: rows of the table.
+        """
+        return self.derive(
+            shape_BS=(1, length),
+            mask_BS=None,
+            prompt_mask_BS=None,
+            sequence_BS=None,
+            num_sequences=None,
+            rows_known=False,
+            carried=None,
+            is_open=False,
+        )
 
     def _reduced(self, mask_BS: Tensor, length: int) -> Tensor | None:
         """The mask of an input that a tower has shortened in time."""
@@ -346,11 +364,15 @@ class RoutingContext:
         Returns:
             As `sequence_T` and `mask_T`; asked by every router, computed for the first.
         """
+        if torch.compiler.is_compiling():
+            # a dictionary keyed by sizes would make a graph for each
+            return (*self.sequence_T(batch, length, device), self.mask_T(batch, length))
         found = self.tokens.get((batch, length, device))
         if found is None:
-            found = (*self.sequence_T(batch, length, device), self.mask_T(batch, length))
-            if not torch.compiler.is_compiling():
-                self.tokens[batch, length, device] = found
+            found = self.tokens[batch, length, device] = (
+                *self.sequence_T(batch, length, device),
+                self.mask_T(batch, length),
+            )
         return found
 
     def rows(self, value: Tensor, batch: int, name: str) -> Tensor:
@@ -369,7 +391,6 @@ class RoutingContext:
                 f"give one row for each batch row (a multiple of them is repeated for beams)."
             )
         return value.repeat_interleave(batch // value.shape[0], dim=0)
-
 
     def _same_for_all(self, value: Tensor, batch: int, name: str) -> Tensor:
         """One value for all rows of a tower, whose images may belong to any row of the batch."""
