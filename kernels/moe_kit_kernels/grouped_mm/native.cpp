@@ -99,7 +99,7 @@ inline void dots(const float* const* x, int64_t k, int64_t depth, const float* w
         }
         for (int r = 0; r < R; r++) {
             const Vector row = load(x[r] + k);
-            for (int c = 0; c < C; c++) sums[r][c] += row * column[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(row, column[c], sums[r][c]);
         }
     }
     for (int r = 0; r < R; r++) {
@@ -132,7 +132,7 @@ inline void adds(const float* const* x, int64_t k, int64_t depth, const float* w
         }
         if (PACK) panel += COLUMNS;
         for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++) sums[r][c] += x[r][k] * row[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(x[r][k], row[c], sums[r][c]);
     }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) store(out + r * COLUMNS + c * LANES, sums[r][c]);
@@ -227,7 +227,7 @@ inline void sum_pairs(const float* a, int64_t n, const float* b, float* out, int
         Vector row[C];
         for (int c = 0; c < C; c++) row[c] = load(b + c * LANES);
         for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++) sums[r][c] += a[r] * row[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(a[r], row[c], sums[r][c]);
     }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) store(out + r * N + c * LANES, sums[r][c]);
@@ -258,13 +258,11 @@ inline Vector exponential(Vector given) {
     x = x < least ? least : x;
     // the nearest whole power of two: adding 1.5 * 2^23 leaves no place for a fraction
     const Vector magic = Vector{} + 12582912.0f;
-    const Vector shifted = x * 1.44269504f + magic, n = shifted - magic;
-    const Vector r = x - n * 0.693145752f - n * 1.42860677e-6f;
-    Vector p = r * 1.38888889e-3f + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
+    const Vector shifted = fused(1.44269504f, x, magic), n = shifted - magic;
+    const Vector r = fused(-1.42860677e-6f, n, fused(-0.693145752f, n, x));
+    Vector p = fused(1.38888889e-3f, r, every(8.33333333e-3f));
+    for (const float c : {4.16666667e-2f, 1.66666667e-1f, 0.5f}) p = fused(p, r, every(c));
+    p = fused(p * r, r, r) + 1.0f;
     Indices power = __builtin_convertvector(n, Indices);
     power = (power + 127) << 23;
     Vector scale;
@@ -281,36 +279,36 @@ struct Silu {
     static void both(Vector z, Vector& a, Vector& d) {
         const Vector s = sigmoid(z);
         a = z * s;
-        d = s * (1.0f + z * (1.0f - s));
+        d = s * fused(z, 1.0f - s, every(1.0f));
     }
 };
 
 struct Gelu {
     // erfc(|x|) with a relative error of 1.2e-7 (Numerical Recipes, 6.2)
     static Vector normal(Vector z) {
-        const Vector x = (z < 0.0f ? -z : z) * 0.707106781f, t = 1.0f / (1.0f + 0.5f * x);
-        Vector p = t * 0.17087277f - 0.82215223f;
+        const Vector x = (z < 0.0f ? -z : z) * 0.707106781f, t = 1.0f / fused(0.5f, x, every(1.0f));
+        Vector p = fused(0.17087277f, t, every(-0.82215223f));
         for (const float c : {1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f})
-            p = p * t + c;
-        const Vector tail = 0.5f * t * exponential(p * t - 1.26551223f - x * x);
+            p = fused(p, t, every(c));
+        const Vector tail = 0.5f * t * exponential(fused(p, t, every(-1.26551223f)) - x * x);
         return z < 0.0f ? tail : 1.0f - tail;
     }
     static Vector value(Vector z) { return z * normal(z); }
     static void both(Vector z, Vector& a, Vector& d) {
         const Vector phi = normal(z);
         a = z * phi;
-        d = phi + z * 0.398942280f * exponential(-0.5f * z * z);
+        d = fused(z * 0.398942280f, exponential(-0.5f * z * z), phi);
     }
 };
 
 struct GeluTanh {
     // (1 + tanh(u)) / 2 = sigmoid(2 u)
-    static Vector doubled(Vector z) { return 1.59576912f * (z + 0.044715f * z * z * z); }
+    static Vector doubled(Vector z) { return 1.59576912f * fused(0.044715f * z * z, z, z); }
     static Vector value(Vector z) { return z * sigmoid(doubled(z)); }
     static void both(Vector z, Vector& a, Vector& d) {
         const Vector s = sigmoid(doubled(z));
         a = z * s;
-        d = s + a * (1.0f - s) * 1.59576912f * (1.0f + 3 * 0.044715f * z * z);
+        d = fused(a * (1.0f - s) * 1.59576912f, fused(3 * 0.044715f * z, z, every(1.0f)), s);
     }
 };
 
@@ -492,7 +490,7 @@ void moe_kit_grouped_through(const Pairs* pairs, const float* dy, const float* v
                         h *= other, dh *= other;
                         store(up.numbers + j, part * a);
                     }
-                    sum += full * h;
+                    sum = fused(full, h, sum);
                     store(t.numbers + j, h * w);
                     store(gate.numbers + j, dh * d);
                 }

@@ -41,7 +41,7 @@ inline void dots(const float* const* x, const float* m, int64_t W, float* h, int
         for (int c = 0; c < C; c++) column[c] = load(m + c * W + w);
         for (int r = 0; r < R; r++) {
             const Vector row = load(x[r] + w);
-            for (int c = 0; c < C; c++) sums[r][c] += row * column[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(row, column[c], sums[r][c]);
         }
     }
     for (int r = 0; r < R; r++)
@@ -69,7 +69,7 @@ inline void add_columns(float* const* y, int64_t w, const float* h, const float*
         Vector row[C];
         for (int c = 0; c < C; c++) row[c] = load(m + l * W + w + c * LANES);
         for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++) sums[r][c] += h[r * L + l] * row[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(h[r * L + l], row[c], sums[r][c]);
     }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) store(y[r] + w + c * LANES, sums[r][c]);
@@ -203,7 +203,7 @@ inline void sum_columns(const Order& order, int64_t e, const float* g, const flo
             Vector row[C];
             for (int c = 0; c < C; c++) row[c] = load(v + order.token[s] * W + c * LANES);
             for (int r = 0; r < R; r++)
-                for (int c = 0; c < C; c++) sums[r][c] += g[s * L + r] * row[c];
+                for (int c = 0; c < C; c++) sums[r][c] = fused(g[s * L + r], row[c], sums[r][c]);
         }
     }
     for (int r = 0; r < R; r++)

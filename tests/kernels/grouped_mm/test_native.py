@@ -377,6 +377,9 @@ def test_other_vector_widths(machine, tmp_path, monkeypatch, poison_empty):
             check_experts(*WIDE[wide](), bias=True, layout=layout)
     for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
         check_experts(*WIDE["tails"](), activation=activation)
+    test_equal_outputs_have_equal_bits()
+    for layout in LAYOUTS:
+        test_other_tokens_change_no_bit_of_a_token("tails", layout)
 
 
 # what a hand-written kernel gets wrong: (text, what replaces it)
