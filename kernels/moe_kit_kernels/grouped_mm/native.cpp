@@ -342,7 +342,7 @@ inline void with_activation(int number, const F& f) {
 
 }  // namespace
 
-// Pairs by expert; mirrored in native.py.
+// Pairs by expert.
 struct Pairs {
     const int64_t* offsets;  // [E + 1] first sorted pair of each expert
     const int64_t* token;    // [P] token of each sorted pair
@@ -425,13 +425,13 @@ extern "C" {
 // z [P, N] = rows of x times their expert's matrix, plus bias and with `add` plus z; h [P, H] = act(z), with `gated`
 // act(first half) * second half. by_token: x holds tokens, else sorted rows. activation 0: none, and h is null. z may be null where h
 // is asked for.
-void moe_kit_grouped_rows(const Pairs* pairs, const float* x, const float* w, const float* bias, float* z, float* h,
-                          int64_t K, int64_t N, int by_token, int by_input, int add, int activation, int gated,
-                          int threads) {
+void moe_kit_grouped_rows(const int64_t* offsets, const int64_t* token_P, const int64_t* order, const float* x, const float* w,
+                          const float* bias, float* z, float* h, int64_t E, int64_t, int64_t, int64_t K, int64_t N, int64_t H,
+                          int by_token, int by_input, int add, int activation, int gated, int threads) {
+    const Pairs pairs{offsets, token_P, order, E};
     const Stack stack{w, K, N, by_input != 0};
-    const int64_t* token = by_token ? pairs->token : nullptr;
-    const int64_t H = gated ? N / 2 : N;
-    each_tile(*pairs, H, threads, [&](int64_t first, int64_t m, int64_t e, int64_t c, int64_t columns, bool ahead) {
+    const int64_t* token = by_token ? token_P : nullptr;
+    each_tile(pairs, H, threads, [&](int64_t first, int64_t m, int64_t e, int64_t c, int64_t columns, bool ahead) {
         const float* rows[ROWS];
         Tile halves[2];
         find_rows(rows, x, token, first, m, K);
@@ -460,17 +460,19 @@ void moe_kit_grouped_rows(const Pairs* pairs, const float* x, const float* w, co
 
 // Back through the second product and the activation. dy [T, D], v: the second stack as a matrix of H outputs over D inputs,
 // weights in the caller's order, z [P, N]. Writes what is not null: dz [P, N], wh [P, H] = w h, dweights in the caller's order.
-void moe_kit_grouped_through(const Pairs* pairs, const float* dy, const float* v, const float* weights, const float* z,
-                             float* dz, float* wh, float* dweights, int64_t D, int64_t H, int by_input,
-                             int activation, int gated, int threads) {
+void moe_kit_grouped_through(const int64_t* offsets, const int64_t* token, const int64_t* order, const float* dy,
+                             const float* v, const float* weights, const float* z, float* dz, float* wh, float* dweights,
+                             int64_t E, int64_t, int64_t, int64_t D, int64_t H, int64_t N, int by_input, int activation,
+                             int gated, int threads) {
+    const Pairs pairs{offsets, token, order, E};
     const Stack stack{v, D, H, by_input != 0};
-    const int64_t N = gated ? 2 * H : H, P = pairs->offsets[pairs->experts];
+    const int64_t P = offsets[E];
     // what each chunk of columns gives to the gradient of a weight
     std::vector<float> parts(dweights ? (H + COLUMNS - 1) / COLUMNS * P : 0);
-    each_tile(*pairs, H, threads, [&](int64_t first, int64_t m, int64_t e, int64_t c, int64_t columns, bool ahead) {
+    each_tile(pairs, H, threads, [&](int64_t first, int64_t m, int64_t e, int64_t c, int64_t columns, bool ahead) {
         const float* rows[ROWS];
         Tile t, gate, up;
-        find_rows(rows, dy, pairs->token, first, m, D);
+        find_rows(rows, dy, token, first, m, D);
         if (columns < COLUMNS || D == 0)
             for (Tile* tile : {&t, &gate, &up}) tile->clear();
         if (dz || dweights) multiply(rows, m, stack, e, c, columns, t.numbers, ahead);
@@ -478,7 +480,7 @@ void moe_kit_grouped_through(const Pairs* pairs, const float* dy, const float* v
         if (gated) read(up.numbers, m, columns, z + first * N + H + c, N);
         with_activation(activation, [&](auto act) {
             for (int64_t i = 0; i < m; i++) {
-                const float w = weights[pairs->order[first + i]];
+                const float w = weights[order[first + i]];
                 Vector sum = {};
                 for (int64_t j = i * COLUMNS; j < (i + 1) * COLUMNS; j += LANES) {
                     Vector a, d;
@@ -505,22 +507,22 @@ void moe_kit_grouped_through(const Pairs* pairs, const float* dy, const float* v
     for (int64_t p = 0; p < P; p++) {
         float sum = 0;
         for (int64_t c = 0; c * COLUMNS < H; c++) sum += parts[c * P + p];
-        dweights[pairs->order[p]] = sum;
+        dweights[order[p]] = sum;
     }
 }
 
 // out [E, M, N] = sum over the rows of every expert of a_p [M] times b_p [N], zeros for an empty one. a_by_token, b_by_token: the
 // tensor holds tokens, else sorted rows.
-void moe_kit_grouped_sums(const Pairs* pairs, const float* a, const float* b, float* out, int64_t M, int64_t N,
-                          int a_by_token, int b_by_token, int threads) {
+void moe_kit_grouped_sums(const int64_t* offsets, const int64_t* token, const int64_t*, const float* a, const float* b,
+                          float* out, int64_t E, int64_t, int64_t, int64_t, int64_t M, int64_t N, int a_by_token,
+                          int b_by_token, int threads) {
     if (M == 0 || N == 0) return;
-    const int64_t E = pairs->experts;
-    const int64_t *token_a = a_by_token ? pairs->token : nullptr, *token_b = b_by_token ? pairs->token : nullptr;
+    const int64_t *token_a = a_by_token ? token : nullptr, *token_b = b_by_token ? token : nullptr;
     expect_writes(out, E * M * N * sizeof(float));
     const int64_t strip = std::max<int64_t>(1, std::min(M, PIECE / (N * static_cast<int64_t>(sizeof(float)))));
     const int64_t strips = (M + strip - 1) / strip;
     int64_t most = 1;
-    for (int64_t e = 0; e < E; e++) most = std::max(most, pairs->offsets[e + 1] - pairs->offsets[e]);
+    for (int64_t e = 0; e < E; e++) most = std::max(most, offsets[e + 1] - offsets[e]);
     most = std::min(most, SUM_PAIRS);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -529,7 +531,7 @@ void moe_kit_grouped_sums(const Pairs* pairs, const float* a, const float* b, fl
         for (int64_t task = 0; task < E * strips; task++) {
             const int64_t e = task / strips, m = task % strips * strip, height = std::min(strip, M - m);
             float* piece = out + (e * M + m) * N;
-            const int64_t begin = pairs->offsets[e], end = pairs->offsets[e + 1];
+            const int64_t begin = offsets[e], end = offsets[e + 1];
             if (begin == end) std::memset(piece, 0, height * N * sizeof(float));
             for (int64_t top = 0; top < height; top += SUM_HEIGHT)
                 for (int64_t first = begin; first < end; first += SUM_PAIRS) {

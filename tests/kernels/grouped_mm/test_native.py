@@ -396,7 +396,7 @@ PLANTED = {
     "pairs of a gradient after the first pass": ("width, N, first > begin", "width, N, false"),
     "rows of a gradient after the first strip": ("piece + (top + r) * N", "piece + r * N"),
     "last columns of a gradient": ("for (; c < width; c++)", "for (; false;)"),
-    "weights by sorted place": ("weights[pairs->order[first + i]]", "weights[first + i]"),
+    "weights by sorted place": ("weights[order[first + i]]", "weights[first + i]"),
     "chunks of the weights' gradient": ("c * COLUMNS < H; c++) sum", "c < 1; c++) sum"),
     "the gradient of the other half": ("h *= other, dh *= other", "h *= other"),
     "the bias of the second half": ("bias + e * N + n", "bias + e * N + c"),
