@@ -14,7 +14,7 @@ from moe_kit_kernels.lora_experts import native
 from tests.kernels.lora_cases import make
 from tests.tolerances import assert_close
 
-SOURCE = 'extern "C" int answer() { return 42; }\n'
+SOURCE = 'extern "C" long answer() { return 42; }\n'
 
 
 @pytest.fixture
@@ -55,6 +55,16 @@ def test_another_processor_compiles_anew(source, monkeypatch):
     here = build._key(source, compiler)
     monkeypatch.setattr(build.platform, "machine", lambda: "another")
     assert build._key(source, compiler) != here
+
+
+@needs_compiler
+def test_flags_of_the_environment(source, tmp_path, monkeypatch):
+    assert Native(source, answer="").library.answer() == 42
+    source.write_text('extern "C" long answer() { return ANSWER; }')
+    monkeypatch.setenv(build.MORE_FLAGS, "-DANSWER=43 -g")
+    assert Native(source, answer="").library.answer() == 43
+    monkeypatch.setenv(build.MORE_FLAGS, "-DANSWER=44")
+    assert Native(source, answer="").library.answer() == 44, "a library of other flags"
 
 
 def test_switched_off(source, monkeypatch):

@@ -4,7 +4,8 @@ There is no build step at installation and no compiled wheel: the machine that r
 processor, in some seconds. Where that cannot be done (no compiler, another system than Linux, a second OpenMP
 runtime that would fight with PyTorch's) plain PyTorch serves, and `Native.why_not` says why.
 
-`MOE_KIT_NATIVE=0` in the environment switches native code off.
+`MOE_KIT_NATIVE=0` in the environment switches native code off; `MOE_KIT_NATIVE_FLAGS` adds flags of the compiler, such as
+`-fsanitize=address,undefined` (`make test-sanitize`).
 """
 
 import copy
@@ -15,6 +16,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -35,6 +37,7 @@ from moe_kit_kernels.errors import KernelError
 logger = logging.getLogger(__name__)
 
 SWITCH = "MOE_KIT_NATIVE"
+MORE_FLAGS = "MOE_KIT_NATIVE_FLAGS"
 # sums are contracted where the source says so, in the same loops on every processor: see vectors.h
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
 # headers that several sources include
@@ -137,7 +140,7 @@ class Function:
         count = len(self.arrays)
         tensors, numbers = arguments[:count], arguments[count:]
         expected = self.expected.get(numbers) or self._sizes(numbers)
-        addresses = []
+        addresses: list[int | None] = []
         # a few hundred nanoseconds an array: this runs for every linear of every decoded token
         for tensor, (dtype, size) in zip(tensors, expected, strict=True):
             if tensor is None:
@@ -314,6 +317,11 @@ def _folder() -> Path:
     return folder
 
 
+def _flags() -> list[str]:
+    """The package's flags and those of the environment."""
+    return [*FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, ""))]
+
+
 def _key(source: Path, compiler: str) -> str:
     """Name what a library depends on: source, flags, compiler and processor."""
     try:
@@ -324,7 +332,7 @@ def _key(source: Path, compiler: str) -> str:
     processor = sorted({line for line in lines if line.startswith(wanted)})
     binary = Path(compiler).stat()
     headers = b"".join(path.read_bytes() for path in sorted(_HEADERS.glob("*.h")))
-    parts = (*FLAGS, platform.machine(), *processor, compiler, str(binary.st_size), str(binary.st_mtime_ns))
+    parts = (*_flags(), platform.machine(), *processor, compiler, str(binary.st_size), str(binary.st_mtime_ns))
     return hashlib.sha256(source.read_bytes() + headers + "\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -333,7 +341,7 @@ def _compile(compiler: str, source: Path, binary: Path) -> None:
     logger.info("compiling %s for this processor (some seconds, kept in %s)", source.name, binary.parent)
     with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
         made = Path(folder) / binary.name
-        command = [compiler, *FLAGS, INCLUDE, str(source), "-o", str(made)]
+        command = [compiler, *_flags(), INCLUDE, str(source), "-o", str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
