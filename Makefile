@@ -1,10 +1,10 @@
-# make env | demo | test | check | bench | aot
+# make env | demo | test | test-sanitize | check | bench | aot
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo test check lint types docs bench aot aot-first clean
+.PHONY: env demo test test-sanitize check lint types docs bench aot aot-first clean
 
 env: $(STAMP)
 
@@ -23,6 +23,15 @@ demo: env
 # one thread a worker: tests are small, and two workers with two threads each would get in each other's way
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+# the C++ under AddressSanitizer and UndefinedBehaviorSanitizer; python itself leaks on purpose
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+test-sanitize: env
+	OMP_NUM_THREADS=1 MOE_KIT_NATIVE_FLAGS="$(SANITIZE)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/kernels/lora_experts/test_native.py tests/kernels/grouped_mm/test_native.py \
+	tests/kernels/route_plan tests/kernels/test_native_border.py tests/users/test_half_precision_base.py \
+	-k "not planted and not vector_widths and not compiled" $(PYTEST_ARGS)
 
 check: env lint types docs
 

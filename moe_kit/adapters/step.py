@@ -28,7 +28,7 @@ class DecodeStep:
     Args:
         layers: the linears that are computed together.
         name: the adapter.
-        x_BSD: an input as the step will see it: float32 or float64 [B, S, D].
+        x_BSD: an input as the step will see it, [B, S, D] in the dtype of the linears. That of the banks may be wider.
     """
 
     def __init__(self, layers: Sequence[RoutedLayer], name: str, x_BSD: Tensor) -> None:
@@ -46,7 +46,8 @@ class DecodeStep:
             (layer._modules, base, base.weight, bank, store, bank.A, bank.B, bank.A.data_ptr(), bank.B.data_ptr())
             for layer, base, bank, store in zip(layers, bases, banks, stores, strict=True)
         ]
-        self.banks = native.DecodeBanks.of(self.A, self.B)
+        # the C++ adds in float32
+        self.banks = None if self.dtype is torch.float64 else native.DecodeBanks.of(self.A, self.B)
         # one view for each expert: to index a stack costs as much as to multiply by it
         self.experts_A = [a.detach().unbind() for a in self.A]
         self.experts_B = [b.detach().unbind() for b in self.B]
@@ -69,7 +70,7 @@ class DecodeStep:
             routing: a decision for it.
 
         Returns:
-            A step, or None: another kind of bank, mixed dtypes, an accelerator, or too many tokens.
+            A step, or None: another kind of bank, banks of several dtypes, an accelerator, or too many tokens.
         """
         from moe_kit_kernels.lora_experts.dispatch import chosen_form
 
@@ -77,6 +78,8 @@ class DecodeStep:
         if x.device.type != "cpu" or x.dim() != 3 or routing.is_dense:
             return None
         if any(type(bank) is not LoRABank or bank.dropout or bank.scale != banks[0].scale for bank in banks):
+            return None
+        if len({value.dtype for bank in banks for value in (bank.A, bank.B)}) > 1:
             return None
         # before anything is looked up: a prompt comes this way too
         (experts, _, width_in), ranks = banks[0].A.shape, [bank.A.shape[1] for bank in banks]
@@ -133,9 +136,10 @@ class DecodeStep:
         batch, length, width = self.shape
         x_TD = x.reshape(-1, width).contiguous()
         if self.banks is not None and self.banks.take(ids_TK, weights_TK):
-            results = base_products(x_TD, self.weights, self.biases)
-            self.banks.add(results, x_TD, ids_TK, weights_TK, self.scale)
-            return [result.view(batch, length, -1) for result in results]
+            # to its own dtype a tensor is not copied
+            results = [result.float() for result in base_products(x_TD, self.weights, self.biases)]
+            self.banks.add(results, x_TD.float(), ids_TK, weights_TK, self.scale)
+            return [result.to(self.dtype).view(batch, length, -1) for result in results]
         results = decode_linears(
             x_TD,
             self.weights,

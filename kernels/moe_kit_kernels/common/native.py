@@ -4,20 +4,26 @@ There is no build step at installation and no compiled wheel: the machine that r
 processor, in some seconds. Where that cannot be done (no compiler, another system than Linux, a second OpenMP
 runtime that would fight with PyTorch's) plain PyTorch serves, and `Native.why_not` says why.
 
-`MOE_KIT_NATIVE=0` in the environment switches native code off.
+`MOE_KIT_NATIVE=0` in the environment switches native code off; `MOE_KIT_NATIVE_FLAGS` adds flags of the compiler, such as
+`-fsanitize=address,undefined` (`make test-sanitize`).
 """
 
+import copy
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +37,9 @@ from moe_kit_kernels.errors import KernelError
 logger = logging.getLogger(__name__)
 
 SWITCH = "MOE_KIT_NATIVE"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+MORE_FLAGS = "MOE_KIT_NATIVE_FLAGS"
+# sums are contracted where the source says so, in the same loops on every processor: see vectors.h
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
 # headers that several sources include
 _HEADERS = Path(__file__).parent
 INCLUDE = f"-I{_HEADERS}"
@@ -77,33 +85,122 @@ def is_watched() -> bool:
     )
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """Address of a tensor's first number; None for None.
+class Function:
+    """One function of a library, and the border that everything handed to it passes.
+
+    A library reads and writes wherever it is told to, so an array of another dtype, size, order or device than it expects is
+    somebody else's memory. Each array is therefore passed as a tensor, with its size declared in terms of the numbers that follow it.
 
     Args:
-        tensor: any tensor in memory.
+        name: of the function.
+        takes: `name:dtype[size]` of each array, then `name:type` of each number, in the function's order. dtype is float32, int32 or
+            int64, `?` behind a name lets None through; size is a sum of products such as `blocks*E+1`; type is int64, int or
+            float, `<=256` behind it sets a limit, and whole numbers are 0 or more. The result is an int64_t; that of a function without one means nothing.
+
+    Example:
+        >>> Function("f", "x:float32[T*D] H?:float32[T] T:int64 D:int64").arrays
+        (('x', torch.float32, 'T*D', False), ('H', torch.float32, 'T', True))
     """
-    return None if tensor is None else tensor.data_ptr()
+
+    def __init__(self, name: str, takes: str) -> None:
+        self.name = name
+        words = [word.split(":") for word in takes.split()]
+        arrays = [(of, *kind.rstrip("]").split("[")) for of, kind in words if "[" in kind]
+        self.arrays = tuple((of.rstrip("?"), getattr(torch, dtype), size, "?" in of) for of, dtype, size in arrays)
+        numbers = {of: kind.split("<=") for of, kind in words if "[" not in kind}
+        self.numbers = {of: _NUMBERS[kind] for of, (kind, *_) in numbers.items()}
+        self.limits = {of: int(most) for of, (_, *limits) in numbers.items() for most in limits}
+        self.expected: dict[tuple[float, ...], list[tuple[torch.dtype, int]]] = {}
+        self.entry: Any = None
+
+    def declared(self, library: ctypes.CDLL) -> "Function":
+        """Return the function as a library has it.
+
+        Args:
+            library: the source, compiled.
+        """
+        made = copy.copy(self)
+        made.entry = getattr(library, self.name)
+        made.entry.argtypes = [ctypes.c_void_p] * len(self.arrays) + list(self.numbers.values())
+        made.entry.restype = ctypes.c_int64
+        return made
+
+    def __call__(self, *arguments: Any) -> int:
+        """Check what is handed over and run; a profiler sees the function by its name.
+
+        Args:
+            *arguments: tensors, then numbers, as declared.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            KernelError: an array is not of its declared dtype and size, contiguous, on the CPU, and of no subclass.
+        """
+        count = len(self.arrays)
+        tensors, numbers = arguments[:count], arguments[count:]
+        expected = self.expected.get(numbers) or self._sizes(numbers)
+        addresses: list[int | None] = []
+        # a few hundred nanoseconds an array: this runs for every linear of every decoded token
+        for tensor, (dtype, size) in zip(tensors, expected, strict=True):
+            if tensor is None:
+                addresses.append(None)
+            elif (
+                tensor.dtype is dtype
+                and tensor.numel() == size
+                and tensor.is_cpu
+                and tensor.is_contiguous()
+                and type(tensor) in _PLAIN
+            ):
+                addresses.append(tensor.data_ptr())
+            else:
+                raise self._mismatch(tensors, expected)
+        if None in addresses:
+            self._check_optional(tensors)
+        if not torch.autograd._profiler_enabled():
+            return self.entry(*addresses, *numbers)
+        with torch.profiler.record_function(self.name):
+            return self.entry(*addresses, *numbers)
+
+    def _sizes(self, numbers: tuple[float, ...]) -> list[tuple[torch.dtype, int]]:
+        """Dtype and size of every array under some numbers, kept for the next call."""
+        if len(self.expected) > _KEPT_SIZES:
+            self.expected.clear()
+        values = dict(zip(self.numbers, numbers, strict=True))
+        for name, value in values.items():
+            if type(value) is int and not 0 <= value <= self.limits.get(name, value):
+                raise fail(self.name, name, value, f"0 to {self.limits.get(name, 'any')}", _FIX)
+
+        def size_of(sizes: str) -> int:
+            return sum(math.prod(int(values.get(n, n)) for n in term.split("*")) for term in sizes.split("+"))
+
+        self.expected[numbers] = [(dtype, size_of(size)) for _, dtype, size, _ in self.arrays]
+        return self.expected[numbers]
+
+    def _check_optional(self, tensors: Sequence[Tensor | None]) -> None:
+        for tensor, (name, _, _, optional) in zip(tensors, self.arrays, strict=True):
+            if tensor is None and not optional:
+                raise fail(self.name, name, None, "a tensor", _FIX)
+
+    def _mismatch(self, tensors: Sequence[Tensor | None], expected: list[tuple[torch.dtype, int]]) -> KernelError:
+        """The error that names the first array that does not fit."""
+        for tensor, (name, *_), (dtype, size) in zip(tensors, self.arrays, expected, strict=True):
+            if tensor is None:
+                continue
+            if type(tensor) not in _PLAIN:
+                return fail(self.name, name, f"a {type(tensor).__name__}", "a plain tensor", _FIX)
+            if not tensor.is_cpu or tensor.dtype is not dtype:
+                return fail(self.name, name, kinds(tensor), f"{dtype} on cpu".removeprefix("torch."), _FIX)
+            if tensor.numel() != size:
+                return fail(self.name, f"size of {name}", tensor.numel(), f"{size} numbers", _FIX)
+            if not tensor.is_contiguous():
+                return fail(self.name, f"strides of {name}", tensor.stride(), "a contiguous tensor", _FIX)
+        raise AssertionError("every array fits")
 
 
-def run(function: Any, *arguments: Any) -> Any:
-    """Call a function of a library; a profiler sees it by its name.
-
-    Args:
-        function: the function, its signature declared.
-        *arguments: what it takes.
-
-    Returns:
-        What it returns.
-    """
-    if not torch.autograd._profiler_enabled():
-        return function(*arguments)
-    with torch.profiler.record_function(function.__name__):
-        return function(*arguments)
-
-
-ADDRESS, SIZE, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-"""What functions take: a pointer, int64_t, int, float."""
+_NUMBERS = {"int64": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
+_KEPT_SIZES = 4096
+_FIX = "The call was refused before any memory was touched"
 
 
 class Native:
@@ -111,32 +208,27 @@ class Native:
 
     Args:
         source: the C++ file; its functions are `extern "C"`.
-        **takes: what each function takes. Results are int64_t; that of a function without one means nothing.
+        **takes: what each function takes, see `Function`.
     """
 
-    def __init__(self, source: Path, **takes: list[Any]) -> None:
-        self.source, self.takes = source, takes
+    def __init__(self, source: Path, **takes: str) -> None:
+        self.source = source
+        self.takes = {name: Function(name, line) for name, line in takes.items()}
 
     @cached_property
-    def _found(self) -> tuple[ctypes.CDLL | None, str]:
+    def _found(self) -> tuple[SimpleNamespace | None, str]:
         try:
             return self.declared(_load(self.source)), ""
         except _Unavailable as error:
             return None, str(error)
 
-    def declared(self, library: ctypes.CDLL) -> ctypes.CDLL:
-        """Tell ctypes the signatures.
+    def declared(self, library: ctypes.CDLL) -> SimpleNamespace:
+        """Return the functions of a library by name, each behind its checks.
 
         Args:
             library: the source, compiled.
-
-        Returns:
-            The same.
         """
-        for name, takes in self.takes.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = takes, SIZE
-        return library
+        return SimpleNamespace(**{name: function.declared(library) for name, function in self.takes.items()})
 
     def refusal(self, operator: str, wrong: tuple[str, str] | None, *tensors: Tensor | None) -> KernelError:
         """Say why C++ that was asked for by name cannot run.
@@ -158,14 +250,14 @@ class Native:
         return fail(operator, "backend", f"'native', which cannot run: {why}", "native code", fix)
 
     @property
-    def functions(self) -> ctypes.CDLL:
-        """The library, where it is `available`."""
+    def functions(self) -> SimpleNamespace:
+        """The functions, where the library is `available`."""
         assert self.library is not None
         return self.library
 
     @property
-    def library(self) -> ctypes.CDLL | None:
-        """The loaded library, compiled by the first process that asks; None where it cannot be."""
+    def library(self) -> SimpleNamespace | None:
+        """The functions of the loaded library, compiled by the first process that asks; None where it cannot be."""
         return self._found[0]
 
     @property
@@ -225,6 +317,11 @@ def _folder() -> Path:
     return folder
 
 
+def _flags() -> list[str]:
+    """The package's flags and those of the environment."""
+    return [*FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, ""))]
+
+
 def _key(source: Path, compiler: str) -> str:
     """Name what a library depends on: source, flags, compiler and processor."""
     try:
@@ -235,7 +332,7 @@ def _key(source: Path, compiler: str) -> str:
     processor = sorted({line for line in lines if line.startswith(wanted)})
     binary = Path(compiler).stat()
     headers = b"".join(path.read_bytes() for path in sorted(_HEADERS.glob("*.h")))
-    parts = (*FLAGS, platform.machine(), *processor, compiler, str(binary.st_size), str(binary.st_mtime_ns))
+    parts = (*_flags(), platform.machine(), *processor, compiler, str(binary.st_size), str(binary.st_mtime_ns))
     return hashlib.sha256(source.read_bytes() + headers + "\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -244,7 +341,7 @@ def _compile(compiler: str, source: Path, binary: Path) -> None:
     logger.info("compiling %s for this processor (some seconds, kept in %s)", source.name, binary.parent)
     with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
         made = Path(folder) / binary.name
-        command = [compiler, *FLAGS, INCLUDE, str(source), "-o", str(made)]
+        command = [compiler, *_flags(), INCLUDE, str(source), "-o", str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,10 +1,19 @@
 // Registers of float32 and what all C++ of this package does with them.
+//
+// A multiply-add is written as `fused` wherever it occurs, and the compiler contracts none by itself (-ffp-contract=off): which loops
+// it contracts depends on the processor (for some AMD ones it leaves out chains of sums), and a column's bits would depend on its loop.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 namespace {
 
@@ -27,9 +36,32 @@ inline void store(float* to, Vector v) { *reinterpret_cast<Loose*>(to) = v; }
 template <int R>
 using Number = std::integral_constant<int, R>;
 
-// a * b + c, rounded as in the loops over registers: what a column gets must not depend on which loop it falls into
+// a number in all lanes
+inline Vector every(float number) { return number - Vector{}; }
+
+// a * b + c, rounded once where the processor can
+inline Vector fused(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON)
+    float32x4_t parts[3][LANES / 4];
+    std::memcpy(parts[0], &a, sizeof a);
+    std::memcpy(parts[1], &b, sizeof b);
+    std::memcpy(parts[2], &c, sizeof c);
+    for (int i = 0; i < LANES / 4; i++) parts[2][i] = vfmaq_f32(parts[2][i], parts[0][i], parts[1][i]);
+    std::memcpy(&c, parts[2], sizeof c);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+inline Vector fused(float a, Vector b, Vector c) { return fused(every(a), b, c); }
+
+// the same for one number: what a column gets must not depend on which loop it falls into
 inline float fused(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__AVX512F__) || defined(__FMA__) || (defined(__ARM_FEATURE_FMA) && defined(__ARM_NEON))
     return __builtin_fmaf(a, b, c);
 #else
     return a * b + c;

@@ -99,7 +99,7 @@ inline void dots(const float* const* x, int64_t k, int64_t depth, const float* w
         }
         for (int r = 0; r < R; r++) {
             const Vector row = load(x[r] + k);
-            for (int c = 0; c < C; c++) sums[r][c] += row * column[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(row, column[c], sums[r][c]);
         }
     }
     for (int r = 0; r < R; r++) {
@@ -132,7 +132,7 @@ inline void adds(const float* const* x, int64_t k, int64_t depth, const float* w
         }
         if (PACK) panel += COLUMNS;
         for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++) sums[r][c] += x[r][k] * row[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(x[r][k], row[c], sums[r][c]);
     }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) store(out + r * COLUMNS + c * LANES, sums[r][c]);
@@ -227,7 +227,7 @@ inline void sum_pairs(const float* a, int64_t n, const float* b, float* out, int
         Vector row[C];
         for (int c = 0; c < C; c++) row[c] = load(b + c * LANES);
         for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++) sums[r][c] += a[r] * row[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(a[r], row[c], sums[r][c]);
     }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) store(out + r * N + c * LANES, sums[r][c]);
@@ -258,13 +258,11 @@ inline Vector exponential(Vector given) {
     x = x < least ? least : x;
     // the nearest whole power of two: adding 1.5 * 2^23 leaves no place for a fraction
     const Vector magic = Vector{} + 12582912.0f;
-    const Vector shifted = x * 1.44269504f + magic, n = shifted - magic;
-    const Vector r = x - n * 0.693145752f - n * 1.42860677e-6f;
-    Vector p = r * 1.38888889e-3f + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
+    const Vector shifted = fused(1.44269504f, x, magic), n = shifted - magic;
+    const Vector r = fused(-1.42860677e-6f, n, fused(-0.693145752f, n, x));
+    Vector p = fused(1.38888889e-3f, r, every(8.33333333e-3f));
+    for (const float c : {4.16666667e-2f, 1.66666667e-1f, 0.5f}) p = fused(p, r, every(c));
+    p = fused(p * r, r, r) + 1.0f;
     Indices power = __builtin_convertvector(n, Indices);
     power = (power + 127) << 23;
     Vector scale;
@@ -281,36 +279,36 @@ struct Silu {
     static void both(Vector z, Vector& a, Vector& d) {
         const Vector s = sigmoid(z);
         a = z * s;
-        d = s * (1.0f + z * (1.0f - s));
+        d = s * fused(z, 1.0f - s, every(1.0f));
     }
 };
 
 struct Gelu {
     // erfc(|x|) with a relative error of 1.2e-7 (Numerical Recipes, 6.2)
     static Vector normal(Vector z) {
-        const Vector x = (z < 0.0f ? -z : z) * 0.707106781f, t = 1.0f / (1.0f + 0.5f * x);
-        Vector p = t * 0.17087277f - 0.82215223f;
+        const Vector x = (z < 0.0f ? -z : z) * 0.707106781f, t = 1.0f / fused(0.5f, x, every(1.0f));
+        Vector p = fused(0.17087277f, t, every(-0.82215223f));
         for (const float c : {1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f})
-            p = p * t + c;
-        const Vector tail = 0.5f * t * exponential(p * t - 1.26551223f - x * x);
+            p = fused(p, t, every(c));
+        const Vector tail = 0.5f * t * exponential(fused(p, t, every(-1.26551223f)) - x * x);
         return z < 0.0f ? tail : 1.0f - tail;
     }
     static Vector value(Vector z) { return z * normal(z); }
     static void both(Vector z, Vector& a, Vector& d) {
         const Vector phi = normal(z);
         a = z * phi;
-        d = phi + z * 0.398942280f * exponential(-0.5f * z * z);
+        d = fused(z * 0.398942280f, exponential(-0.5f * z * z), phi);
     }
 };
 
 struct GeluTanh {
     // (1 + tanh(u)) / 2 = sigmoid(2 u)
-    static Vector doubled(Vector z) { return 1.59576912f * (z + 0.044715f * z * z * z); }
+    static Vector doubled(Vector z) { return 1.59576912f * fused(0.044715f * z * z, z, z); }
     static Vector value(Vector z) { return z * sigmoid(doubled(z)); }
     static void both(Vector z, Vector& a, Vector& d) {
         const Vector s = sigmoid(doubled(z));
         a = z * s;
-        d = s + a * (1.0f - s) * 1.59576912f * (1.0f + 3 * 0.044715f * z * z);
+        d = fused(a * (1.0f - s) * 1.59576912f, fused(3 * 0.044715f * z, z, every(1.0f)), s);
     }
 };
 
@@ -344,7 +342,7 @@ inline void with_activation(int number, const F& f) {
 
 }  // namespace
 
-// Pairs by expert; mirrored in native.py.
+// Pairs by expert.
 struct Pairs {
     const int64_t* offsets;  // [E + 1] first sorted pair of each expert
     const int64_t* token;    // [P] token of each sorted pair
@@ -427,13 +425,13 @@ extern "C" {
 // z [P, N] = rows of x times their expert's matrix, plus bias and with `add` plus z; h [P, H] = act(z), with `gated`
 // act(first half) * second half. by_token: x holds tokens, else sorted rows. activation 0: none, and h is null. z may be null where h
 // is asked for.
-void moe_kit_grouped_rows(const Pairs* pairs, const float* x, const float* w, const float* bias, float* z, float* h,
-                          int64_t K, int64_t N, int by_token, int by_input, int add, int activation, int gated,
-                          int threads) {
+void moe_kit_grouped_rows(const int64_t* offsets, const int64_t* token_P, const int64_t* order, const float* x, const float* w,
+                          const float* bias, float* z, float* h, int64_t E, int64_t, int64_t, int64_t K, int64_t N, int64_t H,
+                          int by_token, int by_input, int add, int activation, int gated, int threads) {
+    const Pairs pairs{offsets, token_P, order, E};
     const Stack stack{w, K, N, by_input != 0};
-    const int64_t* token = by_token ? pairs->token : nullptr;
-    const int64_t H = gated ? N / 2 : N;
-    each_tile(*pairs, H, threads, [&](int64_t first, int64_t m, int64_t e, int64_t c, int64_t columns, bool ahead) {
+    const int64_t* token = by_token ? token_P : nullptr;
+    each_tile(pairs, H, threads, [&](int64_t first, int64_t m, int64_t e, int64_t c, int64_t columns, bool ahead) {
         const float* rows[ROWS];
         Tile halves[2];
         find_rows(rows, x, token, first, m, K);
@@ -462,17 +460,19 @@ void moe_kit_grouped_rows(const Pairs* pairs, const float* x, const float* w, co
 
 // Back through the second product and the activation. dy [T, D], v: the second stack as a matrix of H outputs over D inputs,
 // weights in the caller's order, z [P, N]. Writes what is not null: dz [P, N], wh [P, H] = w h, dweights in the caller's order.
-void moe_kit_grouped_through(const Pairs* pairs, const float* dy, const float* v, const float* weights, const float* z,
-                             float* dz, float* wh, float* dweights, int64_t D, int64_t H, int by_input,
-                             int activation, int gated, int threads) {
+void moe_kit_grouped_through(const int64_t* offsets, const int64_t* token, const int64_t* order, const float* dy,
+                             const float* v, const float* weights, const float* z, float* dz, float* wh, float* dweights,
+                             int64_t E, int64_t, int64_t, int64_t D, int64_t H, int64_t N, int by_input, int activation,
+                             int gated, int threads) {
+    const Pairs pairs{offsets, token, order, E};
     const Stack stack{v, D, H, by_input != 0};
-    const int64_t N = gated ? 2 * H : H, P = pairs->offsets[pairs->experts];
+    const int64_t P = offsets[E];
     // what each chunk of columns gives to the gradient of a weight
     std::vector<float> parts(dweights ? (H + COLUMNS - 1) / COLUMNS * P : 0);
-    each_tile(*pairs, H, threads, [&](int64_t first, int64_t m, int64_t e, int64_t c, int64_t columns, bool ahead) {
+    each_tile(pairs, H, threads, [&](int64_t first, int64_t m, int64_t e, int64_t c, int64_t columns, bool ahead) {
         const float* rows[ROWS];
         Tile t, gate, up;
-        find_rows(rows, dy, pairs->token, first, m, D);
+        find_rows(rows, dy, token, first, m, D);
         if (columns < COLUMNS || D == 0)
             for (Tile* tile : {&t, &gate, &up}) tile->clear();
         if (dz || dweights) multiply(rows, m, stack, e, c, columns, t.numbers, ahead);
@@ -480,7 +480,7 @@ void moe_kit_grouped_through(const Pairs* pairs, const float* dy, const float* v
         if (gated) read(up.numbers, m, columns, z + first * N + H + c, N);
         with_activation(activation, [&](auto act) {
             for (int64_t i = 0; i < m; i++) {
-                const float w = weights[pairs->order[first + i]];
+                const float w = weights[order[first + i]];
                 Vector sum = {};
                 for (int64_t j = i * COLUMNS; j < (i + 1) * COLUMNS; j += LANES) {
                     Vector a, d;
@@ -492,7 +492,7 @@ void moe_kit_grouped_through(const Pairs* pairs, const float* dy, const float* v
                         h *= other, dh *= other;
                         store(up.numbers + j, part * a);
                     }
-                    sum += full * h;
+                    sum = fused(full, h, sum);
                     store(t.numbers + j, h * w);
                     store(gate.numbers + j, dh * d);
                 }
@@ -507,22 +507,22 @@ void moe_kit_grouped_through(const Pairs* pairs, const float* dy, const float* v
     for (int64_t p = 0; p < P; p++) {
         float sum = 0;
         for (int64_t c = 0; c * COLUMNS < H; c++) sum += parts[c * P + p];
-        dweights[pairs->order[p]] = sum;
+        dweights[order[p]] = sum;
     }
 }
 
 // out [E, M, N] = sum over the rows of every expert of a_p [M] times b_p [N], zeros for an empty one. a_by_token, b_by_token: the
 // tensor holds tokens, else sorted rows.
-void moe_kit_grouped_sums(const Pairs* pairs, const float* a, const float* b, float* out, int64_t M, int64_t N,
-                          int a_by_token, int b_by_token, int threads) {
+void moe_kit_grouped_sums(const int64_t* offsets, const int64_t* token, const int64_t*, const float* a, const float* b,
+                          float* out, int64_t E, int64_t, int64_t, int64_t, int64_t M, int64_t N, int a_by_token,
+                          int b_by_token, int threads) {
     if (M == 0 || N == 0) return;
-    const int64_t E = pairs->experts;
-    const int64_t *token_a = a_by_token ? pairs->token : nullptr, *token_b = b_by_token ? pairs->token : nullptr;
+    const int64_t *token_a = a_by_token ? token : nullptr, *token_b = b_by_token ? token : nullptr;
     expect_writes(out, E * M * N * sizeof(float));
     const int64_t strip = std::max<int64_t>(1, std::min(M, PIECE / (N * static_cast<int64_t>(sizeof(float)))));
     const int64_t strips = (M + strip - 1) / strip;
     int64_t most = 1;
-    for (int64_t e = 0; e < E; e++) most = std::max(most, pairs->offsets[e + 1] - pairs->offsets[e]);
+    for (int64_t e = 0; e < E; e++) most = std::max(most, offsets[e + 1] - offsets[e]);
     most = std::min(most, SUM_PAIRS);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -531,7 +531,7 @@ void moe_kit_grouped_sums(const Pairs* pairs, const float* a, const float* b, fl
         for (int64_t task = 0; task < E * strips; task++) {
             const int64_t e = task / strips, m = task % strips * strip, height = std::min(strip, M - m);
             float* piece = out + (e * M + m) * N;
-            const int64_t begin = pairs->offsets[e], end = pairs->offsets[e + 1];
+            const int64_t begin = offsets[e], end = offsets[e + 1];
             if (begin == end) std::memset(piece, 0, height * N * sizeof(float));
             for (int64_t top = 0; top < height; top += SUM_HEIGHT)
                 for (int64_t first = begin; first < end; first += SUM_PAIRS) {

@@ -5,13 +5,12 @@ It has the products of `cpu.py`, and the way back through an activation, which t
 Shapes: P pairs sorted by expert, E experts, D width in, O width out, F pre-activation width, H activation width.
 """
 
-import ctypes
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moe_kit_kernels.common.native import ADDRESS, NUMBER, SIZE, Native, is_plain, is_watched, pointer, run
+from moe_kit_kernels.common.native import Native, is_plain, is_watched
 from moe_kit_kernels.grouped_mm.cpu import Steps
 from moe_kit_kernels.route_plan import RoutePlan
 
@@ -20,23 +19,17 @@ _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2
 # multiplications that are worth waking a second thread for (measured)
 _WORK_A_THREAD = 1 << 19
 
+_PAIRS = "offsets:int64[E+1] token:int64[P] order:int64[P]"
 NATIVE = Native(
     Path(__file__).with_name("native.cpp"),
-    moe_kit_grouped_rows=[ADDRESS] * 6 + [SIZE] * 2 + [NUMBER] * 6,
-    moe_kit_grouped_through=[ADDRESS] * 8 + [SIZE] * 2 + [NUMBER] * 4,
-    moe_kit_grouped_sums=[ADDRESS] * 4 + [SIZE] * 2 + [NUMBER] * 3,
+    moe_kit_grouped_rows=f"{_PAIRS} x:float32[rows*K] w:float32[E*N*K] bias?:float32[E*N] z?:float32[P*N] h?:float32[P*H] "
+    "E:int64 P:int64 rows:int64 K:int64 N:int64 H:int64 by_token:int by_input:int add:int activation:int<=5 gated:int threads:int",
+    moe_kit_grouped_through=f"{_PAIRS} dy:float32[T*D] v:float32[E*D*H] weights:float32[P] z:float32[P*N] dz?:float32[P*N] "
+    "wh?:float32[P*H] dweights?:float32[P] E:int64 P:int64 T:int64 D:int64 H:int64 N:int64 by_input:int activation:int<=5 "
+    "gated:int threads:int",
+    moe_kit_grouped_sums=f"{_PAIRS} a:float32[rows_a*M] b:float32[rows_b*N] out:float32[E*M*N] E:int64 P:int64 rows_a:int64 "
+    "rows_b:int64 M:int64 N:int64 a_by_token:int b_by_token:int threads:int",
 )
-
-
-class _Pairs(ctypes.Structure):
-    """`struct Pairs` of native.cpp."""
-
-    _fields_ = [
-        ("offsets", ctypes.c_void_p),
-        ("token", ctypes.c_void_p),
-        ("order", ctypes.c_void_p),
-        ("experts", ctypes.c_int64),
-    ]
 
 
 def _lies(stack_EOD: Tensor) -> bool:
@@ -88,21 +81,14 @@ def check(operator: str, stacks: tuple[Tensor, ...], *tensors: Tensor | None) ->
     raise NATIVE.refusal(operator, wrong, *stacks, *tensors)
 
 
-def pairs(plan: RoutePlan) -> _Pairs:
-    """The plan's sorted pairs as the C++ reads them, made once.
+def _pairs(plan: RoutePlan) -> tuple[Tensor, Tensor, Tensor]:
+    """The plan's sorted pairs as the C++ reads them: offsets, tokens, and places in the given order."""
+    return plan.offsets_E1, plan.sorted_token_P, plan.order_P
 
-    Args:
-        plan: the routing, on the CPU.
-    """
-    kept = plan.__dict__.get("_native_pairs")
-    if kept is None:
-        tensors = plan.offsets_E1, plan.sorted_token_P, plan.order_P
-        assert all(t.is_contiguous() for t in tensors)
-        made = _Pairs(*(t.data_ptr() for t in tensors), plan.num_experts)
-        made.tensors = tensors
-        # another thread may have been first, and C++ be reading it
-        kept = plan.__dict__.setdefault("_native_pairs", made)
-    return kept
+
+def _stack(weight_EOD: Tensor) -> Tensor:
+    """The stack as it lies: [E, O, D], or [E, D, O]."""
+    return weight_EOD if weight_EOD.is_contiguous() else weight_EOD.transpose(1, 2)
 
 
 def threads_for(work: int) -> int:
@@ -149,16 +135,19 @@ def product(
     z_PO = into_PO
     if z_PO is None and (keep or h_PH is None):
         z_PO = x.new_empty(P, O)
-    run(
-        NATIVE.functions.moe_kit_grouped_rows,
-        ctypes.byref(pairs(plan)),
-        x.data_ptr(),
-        weight_EOD.data_ptr(),
-        pointer(bias_EO),
-        pointer(z_PO),
-        pointer(h_PH),
+    NATIVE.functions.moe_kit_grouped_rows(
+        *_pairs(plan),
+        x,
+        _stack(weight_EOD),
+        bias_EO,
+        z_PO,
+        h_PH,
+        plan.num_experts,
+        P,
+        plan.num_tokens if gather else P,
         D,
         O,
+        H,
         gather,
         not weight_EOD.is_contiguous(),
         into_PO is not None,
@@ -215,18 +204,21 @@ def through(
     wh_PH = z_PF.new_empty(P, H) if need_h else None
     # dropped pairs have none
     dweights_P = torch.zeros_like(weights_P) if need_weights else None
-    run(
-        NATIVE.functions.moe_kit_grouped_through,
-        ctypes.byref(pairs(plan)),
-        dy_TD.data_ptr(),
-        down_EDH.data_ptr(),
-        weights_P.data_ptr(),
-        z_PF.data_ptr(),
-        pointer(dz_PF),
-        pointer(wh_PH),
-        pointer(dweights_P),
+    NATIVE.functions.moe_kit_grouped_through(
+        *_pairs(plan),
+        dy_TD,
+        _stack(down_EDH),
+        weights_P,
+        z_PF,
+        dz_PF,
+        wh_PH,
+        dweights_P,
+        plan.num_experts,
+        P,
+        plan.num_tokens,
         D,
         H,
+        F,
         # back through V: a matrix of H outputs over D inputs
         down_EDH.is_contiguous(),
         _ACTIVATIONS[activation],
@@ -256,12 +248,15 @@ def sums(a: Tensor, b: Tensor, like_EOD: Tensor, plan: RoutePlan, *, gather: tup
     work = plan.num_pairs * O * D + like_EOD.numel()
     if not like_EOD.is_contiguous():
         a, b, O, D, gather = b, a, D, O, gather[::-1]
-    run(
-        NATIVE.functions.moe_kit_grouped_sums,
-        ctypes.byref(pairs(plan)),
-        a.data_ptr(),
-        b.data_ptr(),
-        out_EOD.data_ptr(),
+    rows = [plan.num_tokens if of_tokens else plan.num_pairs for of_tokens in gather]
+    NATIVE.functions.moe_kit_grouped_sums(
+        *_pairs(plan),
+        a,
+        b,
+        _stack(out_EOD),
+        plan.num_experts,
+        plan.num_pairs,
+        *rows,
         O,
         D,
         *gather,

@@ -82,34 +82,40 @@ def decode_linears(
     weights_TK: list[list[float]],
     scale: float,
 ) -> list[Tensor]:
-    """Compute n linear layers with their experts over one input, in one dtype, without gradients.
+    """Compute n linear layers with their experts over one input without gradients.
+
+    The bases are computed in their own dtype, the experts and the sum in the widest dtype, float32 at least.
 
     Args:
-        x_TD: [T, D] inputs, float32 or float64.
-        weights_OD: base weights [O_i, D].
+        x_TD: [T, D] inputs.
+        weights_OD: base weights [O_i, D] in the dtype of x.
         biases_O: base biases [O_i] or None.
-        A: down projections [E, L_i, D], as stacks or as lists of experts.
+        A: down projections [E, L_i, D], as stacks or as lists of experts; all experts have one dtype.
         B: up projections [E, O_i, L_i], as stacks or as lists of experts.
         ids_TK: [T, K] ids as Python integers; -1 and ids >= E are empty slots.
         weights_TK: [T, K] weights as Python floats.
         scale: factor on the sums.
 
     Returns:
-        n results [T, O_i].
+        n results [T, O_i] in the dtype of x.
 
     Raises:
         KernelError: an id below -1.
     """
     chosen_T = _chosen("lora_linear", ids_TK, weights_TK, scale, len(A[0]))
-    results = base_products(x_TD, weights_OD, biases_O)
+    # to its own dtype a tensor is not copied
+    given = x_TD.dtype
+    dtype = torch.promote_types(torch.promote_types(given, A[0][0].dtype), torch.float32)
+    results = [result.to(dtype) for result in base_products(x_TD, weights_OD, biases_O)]
+    x_TD = x_TD.to(dtype)
     if len(chosen_T) == 1:
         x_D, chosen = x_TD.view(-1), chosen_T[0]
-        return [_add_chosen(y_O, x_D, a, b, chosen).unsqueeze(0) for y_O, a, b in zip(results, A, B)]
+        return [_add_chosen(y_O, x_D, a, b, chosen).to(given).unsqueeze(0) for y_O, a, b in zip(results, A, B)]
     rows_T = x_TD.unbind()
     for y_TO, a_ELD, b_EOL in zip(results, A, B):
         for y_O, x_D, chosen in zip(y_TO.unbind(), rows_T, chosen_T):
             _add_chosen(y_O, x_D, a_ELD, b_EOL, chosen)
-    return results
+    return [result.to(given) for result in results]
 
 
 def base_products(x_TD: Tensor, weights_OD: Sequence[Tensor], biases_O: Sequence[Tensor | None]) -> list[Tensor]:
@@ -153,6 +159,7 @@ def _add_chosen(
     y_O: Tensor, x_D: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], chosen: list[tuple[int, float]]
 ) -> Tensor:
     """Add `sum_e factor_e B_e A_e x` to y in place."""
+    dtype = y_O.dtype
     for e, factor in chosen:
-        y_O.addmv_(b[e], mv(a[e], x_D), alpha=factor)
+        y_O.addmv_(b[e].to(dtype), mv(a[e].to(dtype), x_D), alpha=factor)
     return y_O

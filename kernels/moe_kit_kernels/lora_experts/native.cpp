@@ -41,7 +41,7 @@ inline void dots(const float* const* x, const float* m, int64_t W, float* h, int
         for (int c = 0; c < C; c++) column[c] = load(m + c * W + w);
         for (int r = 0; r < R; r++) {
             const Vector row = load(x[r] + w);
-            for (int c = 0; c < C; c++) sums[r][c] += row * column[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(row, column[c], sums[r][c]);
         }
     }
     for (int r = 0; r < R; r++)
@@ -69,7 +69,7 @@ inline void add_columns(float* const* y, int64_t w, const float* h, const float*
         Vector row[C];
         for (int c = 0; c < C; c++) row[c] = load(m + l * W + w + c * LANES);
         for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++) sums[r][c] += h[r * L + l] * row[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(h[r * L + l], row[c], sums[r][c]);
     }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) store(y[r] + w + c * LANES, sums[r][c]);
@@ -91,7 +91,7 @@ inline void up(float* const* y, const float* h, const float* m, int64_t W, int64
 
 }  // namespace
 
-// Pairs by (block, expert); mirrored in native.py.
+// Pairs by (block, expert).
 struct Order {
     const int32_t* token;  // [P] token of each sorted pair
     const int32_t* pair;   // [P] its place in the caller's order
@@ -203,7 +203,7 @@ inline void sum_columns(const Order& order, int64_t e, const float* g, const flo
             Vector row[C];
             for (int c = 0; c < C; c++) row[c] = load(v + order.token[s] * W + c * LANES);
             for (int r = 0; r < R; r++)
-                for (int c = 0; c < C; c++) sums[r][c] += g[s * L + r] * row[c];
+                for (int c = 0; c < C; c++) sums[r][c] = fused(g[s * L + r], row[c], sums[r][c]);
         }
     }
     for (int r = 0; r < R; r++)
@@ -250,8 +250,8 @@ extern "C" {
 // Sort P pairs by (block of `block` tokens, expert), stable; ids outside of [0, E) are left out.
 // token_P: token of each free pair, else null and pair p belongs to token p / slots. by_token_P: free pairs in the order of
 // their tokens, else null. start has blocks * E + 2 entries, of which the last is scratch.
-void moe_kit_order(const int64_t* expert_P, const int64_t* token_P, const int64_t* by_token_P, int64_t P, int64_t slots,
-                   int64_t E, int64_t block, int64_t blocks, int32_t* token, int32_t* pair, int32_t* start) {
+void moe_kit_order(const int64_t* expert_P, const int64_t* token_P, const int64_t* by_token_P, int32_t* token, int32_t* pair,
+                   int32_t* start, int64_t P, int64_t slots, int64_t E, int64_t block, int64_t blocks) {
     std::memset(start, 0, (blocks * E + 2) * sizeof(int32_t));
     // counted two places on, so that after placing every entry is where the next one began
     for (int64_t p = 0; p < P; p++) {
@@ -270,22 +270,25 @@ void moe_kit_order(const int64_t* expert_P, const int64_t* token_P, const int64_
 }
 
 // y [T, O] += experts of x [T, D]; H [P, L] in the caller's order unless null. Rows of pairs that were left out are not written.
-void moe_kit_lora_forward(const Order* order, const float* x, const float* A, const float* B, const float* weights, float* y,
-                          float* H, float scale, int64_t D, int64_t O, int64_t L, int threads) {
-    const Linear call{*order, x, A, B, weights, scale, D, O, L};
+void moe_kit_lora_forward(const int32_t* token, const int32_t* pair, const int32_t* start, const float* x, const float* A,
+                          const float* B, const float* weights, float* y, float* H, float scale, int64_t, int64_t,
+                          int64_t blocks, int64_t E, int64_t D, int64_t O, int64_t L, int threads) {
+    const Order order{token, pair, start, blocks, E};
+    const Linear call{order, x, A, B, weights, scale, D, O, L};
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t block = 0; block < order->blocks; block++)
-        each_expert(*order, block, [&](auto rows, int64_t s, int64_t e) { forward_rows<rows()>(call, s, e, y, H); });
+    for (int64_t block = 0; block < blocks; block++)
+        each_expert(order, block, [&](auto rows, int64_t s, int64_t e) { forward_rows<rows()>(call, s, e, y, H); });
 }
 
 // Gradients that are not null: dx is added to, dweights too if `add_weights`, dA [E, L, D] and dB [E, L, O] are written, empty
 // experts as zeros. G and dH [P, L] are scratch; G is needed for dB, dH for dx and dA.
-void moe_kit_lora_backward(const Order* order, const float* x, const float* A, const float* B, const float* weights,
-                           const float* H, const float* dy, float* dx, float* dweights, float* dA, float* dB, float* G,
-                           float* dH, float scale, int64_t D, int64_t O, int64_t L, int add_weights, int threads) {
-    const Linear call{*order, x, A, B, weights, scale, D, O, L};
+void moe_kit_lora_backward(const int32_t* token, const int32_t* pair, const int32_t* start, const float* x, const float* A,
+                           const float* B, const float* weights, const float* H, const float* dy, float* dx, float* dweights,
+                           float* dA, float* dB, float* G, float* dH, float scale, int64_t, int64_t, int64_t blocks, int64_t E,
+                           int64_t D, int64_t O, int64_t L, int add_weights, int threads) {
+    const Order order{token, pair, start, blocks, E};
+    const Linear call{order, x, A, B, weights, scale, D, O, L};
     const Gradients to{H, dy, dx, dweights, G, dH, add_weights != 0};
-    const int64_t E = order->experts;
     // as wide as the threads allow: what one task writes is one piece of memory, whose pages are often touched for the first time
     const int64_t parts = (TASKS_A_THREAD * threads + E - 1) / E;
     const int64_t wide_A = part_width(D, parts), wide_B = part_width(O, parts);
@@ -294,17 +297,17 @@ void moe_kit_lora_backward(const Order* order, const float* x, const float* A, c
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < order->blocks; block++)
-            each_expert(*order, block, [&](auto rows, int64_t s, int64_t e) { backward_rows<rows()>(call, to, s, e); });
+        for (int64_t block = 0; block < blocks; block++)
+            each_expert(order, block, [&](auto rows, int64_t s, int64_t e) { backward_rows<rows()>(call, to, s, e); });
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < E * tasks; task++) {
             const int64_t e = task / tasks, part = task % tasks;
             if (part < tasks_A) {
                 const int64_t w = part * wide_A;
-                sum_pairs(*order, e, dH, x, D, L, dA + e * L * D, w, std::min(D, w + wide_A));
+                sum_pairs(order, e, dH, x, D, L, dA + e * L * D, w, std::min(D, w + wide_A));
             } else {
                 const int64_t w = (part - tasks_A) * wide_B;
-                sum_pairs(*order, e, G, dy, O, L, dB + e * L * O, w, std::min(O, w + wide_B));
+                sum_pairs(order, e, G, dy, O, L, dB + e * L * O, w, std::min(O, w + wide_B));
             }
         }
     }

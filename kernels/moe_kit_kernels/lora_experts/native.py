@@ -6,7 +6,6 @@ y and dx. Kept for the backward: H [P, L] in the plan's given order.
 Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank, n projections.
 """
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import fail
-from moe_kit_kernels.common.native import ADDRESS, NUMBER, REAL, SIZE, Native, is_plain, is_watched, pointer, run
+from moe_kit_kernels.common.native import Native, is_plain, is_watched
 from moe_kit_kernels.lora_experts.call import Call, Gradients, Needs, finished, started
 from moe_kit_kernels.lora_experts.cpu import is_joined
 from moe_kit_kernels.route_plan import RoutePlan
@@ -30,25 +29,20 @@ _WORK_A_THREAD = 1 << 19
 # pairs that native.cpp sorts by itself
 _FEW_PAIRS = 128
 
+_ORDER = "token:int32[P] pair:int32[P] start:int32[blocks*E+2]"
+_BANK = "x:float32[T*D] A:float32[E*L*D] B:float32[E*O*L]"
+_SIZES = f"scale:float T:int64 P:int64<={2**31 - 1} blocks:int64 E:int64 D:int64 O:int64 L:int64<={MAX_RANK}"
 NATIVE = Native(
     Path(__file__).with_name("native.cpp"),
-    moe_kit_order=[ADDRESS] * 3 + [SIZE] * 5 + [ADDRESS] * 3,
-    moe_kit_lora_forward=[ADDRESS] * 7 + [REAL] + [SIZE] * 3 + [NUMBER],
-    moe_kit_lora_backward=[ADDRESS] * 13 + [REAL] + [SIZE] * 3 + [NUMBER] * 2,
-    moe_kit_lora_table=[ADDRESS] * 6 + [REAL] + [SIZE] * 6 + [NUMBER],
+    moe_kit_order="expert:int64[P] token?:int64[P] by_token?:int64[P] sorted_token:int32[P] sorted_pair:int32[P] "
+    f"start:int32[blocks*E+2] P:int64<={2**31 - 1} slots:int64 E:int64 block:int64 blocks:int64",
+    moe_kit_lora_forward=f"{_ORDER} {_BANK} weights:float32[P] y:float32[T*O] H?:float32[P*L] {_SIZES} threads:int",
+    moe_kit_lora_backward=f"{_ORDER} {_BANK} weights:float32[P] H?:float32[P*L] dy:float32[T*O] dx?:float32[T*D] "
+    "dweights?:float32[P] dA?:float32[E*L*D] dB?:float32[E*O*L] G?:float32[P*L] dH?:float32[P*L] "
+    f"{_SIZES} add_weights:int threads:int",
+    moe_kit_lora_table=f"ids:int64[T*slots] {_BANK} weights:float32[T*slots] y:float32[T*O] scale:float T:int64 slots:int64 "
+    f"E:int64 D:int64 O:int64 L:int64<={MAX_RANK} threads:int",
 )
-
-
-class _Order(ctypes.Structure):
-    """`struct Order` of native.cpp."""
-
-    _fields_ = [
-        ("token", ctypes.c_void_p),
-        ("pair", ctypes.c_void_p),
-        ("start", ctypes.c_void_p),
-        ("blocks", ctypes.c_int64),
-        ("experts", ctypes.c_int64),
-    ]
 
 
 def serves(rank: int, *tensors: Tensor | None) -> bool:
@@ -104,21 +98,19 @@ class Order:
 
     def __init__(self, plan: RoutePlan, threads: int) -> None:
         T, P, E = plan.num_tokens, plan.num_pairs, plan.num_experts
-        assert max(T, P) < 2**31, "places are 32 bit"
+        assert T < 2**31, "places are 32 bit"
         largest = max(_BLOCK_TOKENS, _BLOCK_PAIRS * E * T // max(1, P))
         # as many for each thread
         blocks = threads * max(1, -(-T // (largest * threads)))
         block = max(1, -(-T // blocks))
         # tokens, pairs and first places in one allocation
-        self.places = plan.expert_P.new_empty(2 * P + blocks * E + 2, dtype=torch.int32)
-        token = self.places.data_ptr()
-        pair, start = token + 4 * P, token + 8 * P
-        expert_P, free = plan.expert_P.contiguous(), plan.free_token_P
+        sizes = (P, P, blocks * E + 2)
+        self.places = plan.expert_P.new_empty(sum(sizes), dtype=torch.int32).split(sizes)
+        free = None if plan.free_token_P is None else plan.free_token_P.contiguous()
         by_token = None if free is None else plan.token_order_P
-        given = (expert_P.data_ptr(), pointer(free), pointer(by_token))
-        NATIVE.functions.moe_kit_order(*given, P, plan.slots or 1, E, block, blocks, token, pair, start)
-        self.struct = _Order(token, pair, start, blocks, E)
-        self.address = ctypes.addressof(self.struct)
+        sizes_of = (P, plan.slots or 1, E, block, blocks)
+        NATIVE.functions.moe_kit_order(plan.expert_P.contiguous(), free, by_token, *self.places, *sizes_of)
+        self.sizes = (T, P, blocks, E)
 
     @staticmethod
     def of(plan: RoutePlan, threads: int) -> "Order":
@@ -157,7 +149,6 @@ def add(
     forward = NATIVE.functions.moe_kit_lora_forward
     x_TD, weights = x_TD.contiguous(), weights.contiguous()
     D, P = x_TD.shape[1], plan.num_pairs
-    x, w = x_TD.data_ptr(), weights.data_ptr()
     results, kept = [], []
     for base_TO, a_ELD, b_EOL in zip(bases, A, B, strict=True):
         O, L = b_EOL.shape[1:]
@@ -165,22 +156,8 @@ def add(
         threads = _threads(P * L * (D + O))
         a_ELD, b_ELO = a_ELD.contiguous(), _rows(b_EOL)
         H_PL = x_TD.new_empty(P, L) if keep else None
-        order = Order.of(plan, threads).address
-        run(
-            forward,
-            order,
-            x,
-            a_ELD.data_ptr(),
-            b_ELO.data_ptr(),
-            w,
-            y_TO.data_ptr(),
-            pointer(H_PL),
-            scale,
-            D,
-            O,
-            L,
-            threads,
-        )
+        order = Order.of(plan, threads)
+        forward(*order.places, x_TD, a_ELD, b_ELO, weights, y_TO, H_PL, scale, *order.sizes, D, O, L, threads)
         kept.append(H_PL)
         results.append(finished(y_TO, base_TO, owned))
     return results, tuple(kept) if keep else ()
@@ -221,11 +198,10 @@ def add_table(
     ids_TK, x_TD, weights_TK = ids_TK.to(torch.int64).contiguous(), x_TD.contiguous(), weights_TK.contiguous()
     y_TO = started(base_TO, x_TD, O, owned)
     a_ELD, b_ELO = A_ELD.contiguous(), _rows(B_EOL)
-    ids, x, a, b = ids_TK.data_ptr(), x_TD.data_ptr(), a_ELD.data_ptr(), b_ELO.data_ptr()
-    w, y = weights_TK.data_ptr(), y_TO.data_ptr()
     D = x_TD.shape[1]
     threads = min(max(1, T), _threads(T * K * L * (D + O)))
-    lowest = run(NATIVE.functions.moe_kit_lora_table, ids, x, a, b, w, y, scale, T, K, E, D, O, L, threads)
+    tensors = (ids_TK, x_TD, a_ELD, b_ELO, weights_TK, y_TO)
+    lowest = NATIVE.functions.moe_kit_lora_table(*tensors, scale, T, K, E, D, O, L, threads)
     if lowest < -1:
         raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
     return finished(y_TO, base_TO, owned)
@@ -236,13 +212,13 @@ class DecodeBanks:
 
     Args:
         A: down projections [E, L_i, D], contiguous.
-        B: up projections [E, O_i, L_i], kept as [E, L_i, O_i]. The tensors must outlive this object and stay where they are.
+        B: up projections [E, O_i, L_i], kept as [E, L_i, O_i].
     """
 
     def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
         self.function = NATIVE.functions.moe_kit_lora_table
         self.banks = [
-            (a.data_ptr(), b.data_ptr(), a.shape[0], a.shape[2], *b.shape[1:]) for a, b in zip(A, B, strict=True)
+            (a.detach(), _rows(b.detach()), (a.shape[0], a.shape[2], *b.shape[1:])) for a, b in zip(A, B, strict=True)
         ]
 
     @staticmethod
@@ -280,9 +256,9 @@ class DecodeBanks:
             scale: factor on the sums.
         """
         ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
-        (T, K), ids, x, w = ids_TK.shape, ids_TK.data_ptr(), x_TD.data_ptr(), weights_TK.data_ptr()
-        for y_TO, (a, b, E, D, O, L) in zip(results, self.banks):
-            self.function(ids, x, a, b, w, y_TO.data_ptr(), scale, T, K, E, D, O, L, 1)
+        T, K = ids_TK.shape
+        for y_TO, (a, b, sizes) in zip(results, self.banks):
+            self.function(ids_TK, x_TD, a, b, weights_TK, y_TO, scale, T, K, *sizes, 1)
 
 
 def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Tensor], dx: Tensor | None) -> Gradients:
@@ -304,22 +280,23 @@ def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Te
         dB_ELO = torch.empty_like(b_ELO) if needs.B[i] else None
         G_PL = dy_TO.new_empty(P, L) if needs.B[i] else None
         dH_PL = dy_TO.new_empty(P, L) if needs.x or needs.A[i] else None
-        run(
-            backward,
-            Order.of(plan, threads).address,
-            x_TD.data_ptr(),
-            a_ELD.data_ptr(),
-            b_ELO.data_ptr(),
-            weights.data_ptr(),
-            kept[i].data_ptr() if kept else None,
-            dy_TO.data_ptr(),
-            dx.data_ptr() if needs.x else None,
-            pointer(dweights),
-            pointer(dA[i]),
-            pointer(dB_ELO),
-            pointer(G_PL),
-            pointer(dH_PL),
+        order = Order.of(plan, threads)
+        backward(
+            *order.places,
+            x_TD,
+            a_ELD,
+            b_ELO,
+            weights,
+            kept[i] if kept else None,
+            dy_TO,
+            dx if needs.x else None,
+            dweights,
+            dA[i],
+            dB_ELO,
+            G_PL,
+            dH_PL,
             scale,
+            *order.sizes,
             D,
             O,
             L,

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from moe_kit_kernels.common.checks import fail
-from moe_kit_kernels.common.native import ADDRESS, SIZE, Native, is_plain, is_watched, pointer, run
+from moe_kit_kernels.common.native import Native, is_plain, is_watched
 
 if TYPE_CHECKING:
     from moe_kit_kernels.route_plan.plan import RoutePlan
 
-NATIVE = Native(Path(__file__).with_name("native.cpp"), moe_kit_sort=[ADDRESS] * 2 + [SIZE] * 3 + [ADDRESS] * 7)
+NATIVE = Native(
+    Path(__file__).with_name("native.cpp"),
+    moe_kit_sort="expert:int64[P] token?:int64[P] order:int64[P] inverse:int64[P] sorted_token:int64[P] sorted_expert:int64[P] "
+    "counts:int64[E] offsets:int64[E+1] first:int64[E+1] P:int64 slots:int64 E:int64",
+)
 _PIECES = ("order_P", "inverse_P", "sorted_token_P", "sorted_expert_P", "counts_E", "offsets_E1")
 
 
@@ -49,15 +53,7 @@ def sort_pairs(plan: "RoutePlan") -> dict[str, Tensor]:
     # one allocation
     sizes = (P, P, P, P, E, E + 1, E + 1)
     pieces = expert_P.new_empty(sum(sizes)).split(sizes)
-    outside = run(
-        NATIVE.functions.moe_kit_sort,
-        expert_P.data_ptr(),
-        pointer(token_P),
-        P,
-        plan.slots or 1,
-        E,
-        *(piece.data_ptr() for piece in pieces),
-    )
+    outside = NATIVE.functions.moe_kit_sort(expert_P, token_P, *pieces, P, plan.slots or 1, E)
     if outside:
         got, fix = f"{outside} ids outside", "Do not write to ids of which a plan was made"
         raise fail("route_plan", "the experts of the plan", got, f"ids in [0, {E}]", fix)

@@ -377,6 +377,9 @@ def test_other_vector_widths(machine, tmp_path, monkeypatch, poison_empty):
             check_experts(*WIDE[wide](), bias=True, layout=layout)
     for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
         check_experts(*WIDE["tails"](), activation=activation)
+    test_equal_outputs_have_equal_bits()
+    for layout in LAYOUTS:
+        test_other_tokens_change_no_bit_of_a_token("tails", layout)
 
 
 # what a hand-written kernel gets wrong: (text, what replaces it)
@@ -393,7 +396,7 @@ PLANTED = {
     "pairs of a gradient after the first pass": ("width, N, first > begin", "width, N, false"),
     "rows of a gradient after the first strip": ("piece + (top + r) * N", "piece + r * N"),
     "last columns of a gradient": ("for (; c < width; c++)", "for (; false;)"),
-    "weights by sorted place": ("weights[pairs->order[first + i]]", "weights[first + i]"),
+    "weights by sorted place": ("weights[order[first + i]]", "weights[first + i]"),
     "chunks of the weights' gradient": ("c * COLUMNS < H; c++) sum", "c < 1; c++) sum"),
     "the gradient of the other half": ("h *= other, dh *= other", "h *= other"),
     "the bias of the second half": ("bias + e * N + n", "bias + e * N + c"),

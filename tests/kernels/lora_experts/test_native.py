@@ -254,6 +254,8 @@ def test_other_vector_widths(machine, tmp_path, monkeypatch, poison_empty):
     run_for(machine, native.NATIVE, tmp_path, monkeypatch)
     for case in ("whole", "tails", "blocks"):
         check(*make(**WIDE[case], dtype=torch.float32))
+    test_the_number_of_threads_changes_no_bit("tails", monkeypatch)
+    test_other_tokens_change_no_bit_of_a_token()
 
 
 # what a hand-written kernel gets wrong: (text, what replaces it)
