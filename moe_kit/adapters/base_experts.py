@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.parts import sizes_of
 from moe_kit.errors import RoutingError
 from moe_kit.hf.experts import run_experts, stacked_weights, weight_of
+from moe_kit.hf.tuner_layer import FrozenStateLayer
 
 if TYPE_CHECKING:
     from moe_kit_kernels import RoutePlan
@@ -96,7 +96,7 @@ class ExpertLoRA(nn.Module):
         return f"experts={E}, rank={L}, in={D}, out={self.B.shape[1]}"
 
 
-class AdaptedExperts(nn.Module, BaseTunerLayer):
+class AdaptedExperts(nn.Module, FrozenStateLayer):
     """The experts of one block with a LoRA on each.
 
     Args:

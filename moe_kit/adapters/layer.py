@@ -13,7 +13,6 @@ import weakref
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,11 +22,12 @@ from moe_kit.adapters.step import DecodeStep
 from moe_kit.errors import RoutingError
 from moe_kit.hf.hooks import HookedRouting
 from moe_kit.hf.sharing import reads_encoder
+from moe_kit.hf.tuner_layer import FrozenStateLayer
 from moe_kit.routing.context import RoutingContext, SharedInput
 from moe_kit.routing.decision import Routing
 
 
-class RoutedLayer(nn.Module, BaseTunerLayer):
+class RoutedLayer(nn.Module, FrozenStateLayer):
     """Base linear plus mixtures of adapters.
 
     Args:
@@ -89,6 +89,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
                 f"{owner.moe_adapter_router[adapter_name].num_experts}: give both the same number or set "
                 "router_sharing='none'."
             )
+        (owner or self).moe_adapter_router[adapter_name].banks.append(self.moe_adapter_bank[adapter_name])
         frozen = ("moe_adapter_router",) * config.freeze_router + ("moe_adapter_bank",) * config.freeze_experts
         if frozen:
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, NoMatchingPeftModuleError
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -234,7 +235,8 @@ def check_state(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]
     }
     missing = sorted(own.keys() - state.keys())
     foreign = sorted(name for name in state.keys() - own.keys() if ".moe_adapter_" in name or ".lora_" in name)
-    other = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    # a scalar of an older file is a vector of one element now
+    other = [name for name in own.keys() & state.keys() if own[name].shape != torch.atleast_1d(state[name]).shape]
     if not (missing or foreign or other):
         return
     what = []

@@ -223,20 +223,26 @@ def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
     state: HookedRouting = module.__dict__[ATTRIBUTE]
     if state.part is module:
         state.part = None
-        _end(state)
+        _end(state, output)
         if module.training and torch.is_grad_enabled() and output is not None:
             deliver(state, module, None, {}, output)
 
 
-def _end(state: HookedRouting) -> None:
+def _end(state: HookedRouting, output: Any) -> None:
     if state.encoder_context is not None:
         state.encoder_context.is_open = False
-    state.close()
+    # torch gives no output where the forward raised
+    state.close(None if output is None else _parts_of_output(output))
+
+
+def _parts_of_output(output: Any) -> list[Any]:
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
+    return list(values)
 
 
 def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
-    _end(state)
+    _end(state, output)
     if output is None:
         return None
     _keep_decisions(state.context, module, output)

@@ -19,6 +19,7 @@ from moe_kit.errors import RoutingError
 from moe_kit.routing.balance import BalanceLoss, mean_loss, stack_routings
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.joined import joined
+from moe_kit.routing.step import PassCounts
 
 ATTRIBUTE = "moe_routing_state"
 
@@ -55,15 +56,22 @@ class ModelRouting:
         """Start a forward pass."""
         for name, value in self.overrides.items():
             setattr(context, name, value)
+        context.learns, context.counts = torch.is_grad_enabled(), PassCounts()
         self.context = context
 
-    def close(self) -> None:
-        """End the forward pass: compute auxiliary losses, record ids, stop registering."""
+    def close(self, outputs: Sequence[Any] | None = ()) -> None:
+        """End the forward pass: compute auxiliary losses, record ids, count, stop registering.
+
+        Args:
+            outputs: what the pass returned, tensors among other things; None = it died, and nothing of it counts.
+        """
         context = self.context
         context.is_open = False
         context.closed_losses, context.closed_terms = auxiliary_losses(context, self.balances_globally)
         if self.record is not None:
             self.record.update({site: routing.expert_ids_NK.detach() for site, routing, _ in context.registered})
+        if outputs is not None and context.counts is not None:
+            context.counts.commit(outputs)
 
     def current_pass(self) -> tuple:
         """What recomputation of the last forward pass reads; give it to `return_to` before the backward."""
