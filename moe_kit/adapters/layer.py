@@ -105,6 +105,16 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
             if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
                 container[adapter_name].to(device)
 
+    def cast_bank(self, adapter_name: str) -> None:
+        """Give the experts of an adapter the dtype that the base computes in.
+
+        Args:
+            adapter_name: its name; a layer without it stays as it is.
+        """
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if adapter_name in self.moe_adapter_bank and dtype is not None and dtype.is_floating_point:
+            self.moe_adapter_bank[adapter_name].to(dtype)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: a routed mixture depends on the input.
 

@@ -184,16 +184,21 @@ class RoutedAdapterModel(BaseTuner):
             )
         yield
 
-    def unload(self) -> nn.Module:
-        """Take the adapters off and return the base model, hooks removed.
-
-        Returns:
-            The base model as it was.
-        """
-        model = super().unload()
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        # behind `unload` and `merge_and_unload` alike: hooks and what was announced go with the adapters
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
         if not _is_routed(model):
             detach(model)
         return model
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        # PEFT's own layers have the base's dtype before this; ours start in float32, and routers stay there
+        for module in self.model.modules():
+            if isinstance(module, (RoutedLayer, AdaptedExperts)):
+                module.cast_bank(adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
