@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.parts import sizes_of
 from moe_kit.errors import RoutingError
-from moe_kit.hf.experts import run_experts, stacked_weights, weight_of
+from moe_kit.hf.experts import call_with, is_plain_call, run_experts, weight_of
+from moe_kit.hf.tuner_layer import FrozenStateLayer
 
 if TYPE_CHECKING:
     from moe_kit_kernels import RoutePlan
@@ -96,7 +96,7 @@ class ExpertLoRA(nn.Module):
         return f"experts={E}, rank={L}, in={D}, out={self.B.shape[1]}"
 
 
-class AdaptedExperts(nn.Module, BaseTunerLayer):
+class AdaptedExperts(nn.Module, FrozenStateLayer):
     """The experts of one block with a LoRA on each.
 
     Args:
@@ -141,6 +141,16 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: ("moe_adapter_bank",)}
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def cast_bank(self, adapter_name: str) -> None:
+        """Give the LoRAs of an adapter the dtype of the base's experts.
+
+        Args:
+            adapter_name: its name; a module without it stays as it is.
+        """
+        if adapter_name in self.moe_adapter_bank:
+            for name, lora in self.moe_adapter_bank[adapter_name].items():
+                lora.to(self.weight(name).dtype)
+
     def weight(self, name: str) -> Tensor:
         """A stack of the base as [E, O, D].
 
@@ -169,9 +179,14 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):
         Returns:
             float [T, D] of the input's dtype.
         """
-        weights = stacked_weights(self.base_layer)
-        if self._disable_adapters or self.merged or not any(map(self.adapters_of, weights)):
+        if self._disable_adapters and self.merged:
+            # as PEFT's LoRA does: without its adapters the layer is the base
+            self.unmerge()
+        if self._disable_adapters or self.merged or not any(a in self.moe_adapter_bank for a in self.active_adapters):
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
+        return call_with(self.base_layer, self._run, hidden_states, top_k_index, top_k_weights)
+
+    def _run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self._product)
 
     def _product(self, name: str, x: Tensor, plan: RoutePlan, *, gather: bool = False, scatter: bool = False) -> Tensor:
@@ -181,8 +196,8 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):
         weight_EOD, adapters = self.weight(name), self.adapters_of(name)
         bias_EO = getattr(self.base_layer, f"{name}_bias") if self.base_layer.has_bias else None
         order = {"gather": gather, "scatter": scatter}
-        if len(adapters) == 1 and bias_EO is None and not adapters[0].drops:
-            only = adapters[0]
+        only = adapters[0] if len(adapters) == 1 and bias_EO is None else None
+        if only is not None and not only.drops and is_plain_call(only):
             return lora_grouped(x, weight_EOD, only.A, only.B, plan, scale=only.scale, **order)
         y_PO = grouped_mm(x, weight_EOD, plan, bias_EO=bias_EO, **order)
         for adapter in adapters:

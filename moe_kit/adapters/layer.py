@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,11 +20,12 @@ from moe_kit.adapters.step import DecodeStep
 from moe_kit.errors import RoutingError
 from moe_kit.hf.hooks import HookedRouting
 from moe_kit.hf.sharing import reads_encoder
+from moe_kit.hf.tuner_layer import FrozenStateLayer
 from moe_kit.routing.context import InputIdentity, RoutingContext, SharedInput
 from moe_kit.routing.decision import Routing
 
 
-class RoutedLayer(nn.Module, BaseTunerLayer):
+class RoutedLayer(nn.Module, FrozenStateLayer):
     """Base linear plus mixtures of adapters.
 
     Args:
@@ -87,6 +87,7 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
                 f"{owner.moe_adapter_router[adapter_name].num_experts}: give both the same number or set "
                 "router_sharing='none'."
             )
+        (owner or self).moe_adapter_router[adapter_name].banks.append(self.moe_adapter_bank[adapter_name])
         frozen = ("moe_adapter_router",) * config.freeze_router + ("moe_adapter_bank",) * config.freeze_experts
         if frozen:
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
@@ -101,6 +102,16 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         for container in (self.moe_adapter_bank, self.moe_adapter_router):
             if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
                 container[adapter_name].to(device)
+
+    def cast_bank(self, adapter_name: str) -> None:
+        """Give the experts of an adapter the dtype that the base computes in.
+
+        Args:
+            adapter_name: its name; a layer without it stays as it is.
+        """
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if adapter_name in self.moe_adapter_bank and dtype is not None and dtype.is_floating_point:
+            self.moe_adapter_bank[adapter_name].to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: a routed mixture depends on the input.

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, NoMatchingPeftModuleError
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -189,16 +190,21 @@ class RoutedAdapterModel(BaseTuner):
             )
         yield
 
-    def unload(self) -> nn.Module:
-        """Take the adapters off and return the base model, hooks removed.
-
-        Returns:
-            The base model as it was.
-        """
-        model = super().unload()
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        # behind `unload` and `merge_and_unload` alike: hooks and what was announced go with the adapters
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
         if not _is_routed(model):
             detach(model)
         return model
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        # PEFT's own layers have the base's dtype before this; ours start in float32, and routers stay there
+        for module in self.model.modules():
+            if isinstance(module, (RoutedLayer, AdaptedExperts)):
+                module.cast_bank(adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -240,7 +246,8 @@ def check_state(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]
     }
     missing = sorted(own.keys() - state.keys())
     foreign = sorted(name for name in state.keys() - own.keys() if ".moe_adapter_" in name or ".lora_" in name)
-    other = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    # a scalar of an older file is a vector of one element now
+    other = [name for name in own.keys() & state.keys() if own[name].shape != torch.atleast_1d(state[name]).shape]
     if not (missing or foreign or other):
         return
     what = []

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from moe_kit.depth.config import EXECUTE, REPEAT, SKIP, LayerRoutingConfig
 from moe_kit.depth.windows import Windows
+from moe_kit.routing.frozen import HoldsFrozen
 
 # bias of execute over the other actions in a fresh router; softmax gives it 0.98 of three
 EXECUTE_BIAS = 5.0
@@ -123,16 +124,21 @@ class ActionRouter(nn.Module):
         return torch.cat([zero, logit] if self.scorer.execute == 1 else [logit, zero], dim=-1)
 
 
-class FixedRouter(nn.Module):
-    """The same action for every input, kept in a buffer so that it is saved with the adapter.
+class FixedRouter(HoldsFrozen):
+    """The same action for every input.
 
     Args:
         action: 0 skip or 1 execute.
+
+    Attributes:
+        action: float32 frozen parameter [1], so that it is saved, copied and sharded with the adapter.
     """
+
+    action: Tensor
 
     def __init__(self, action: int) -> None:
         super().__init__()
-        self.register_buffer("action", torch.tensor(action))
+        self.hold_frozen("action", torch.tensor(float(action)))
 
 
 class Forecaster(nn.Module):

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_kit.depth.config import EXECUTE, LayerRoutingConfig
@@ -24,10 +23,11 @@ from moe_kit.depth.sparse import run_tokens
 from moe_kit.depth.state import DepthState
 from moe_kit.depth.tokens import decide_tokens
 from moe_kit.errors import RoutingError
+from moe_kit.hf.tuner_layer import FrozenStateLayer
 from moe_kit.routing.decision import Routing
 
 
-class DepthUnit(nn.Module, BaseTunerLayer):
+class DepthUnit(nn.Module, FrozenStateLayer):
     """Router and forecaster of one routed module, for each adapter.
 
     Args:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_kit.errors import RoutingError
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.frozen import HoldsFrozen
 
 
-class Bank(nn.Module, ABC):
+class Bank(HoldsFrozen, ABC):
     """Experts of one kind, stacked.
 
     Attributes:

@@ -29,7 +29,7 @@ class LoRABank(Bank):
         rank: L, 1 or more.
         scale: multiplies the mixture; alpha / r in LoRA, 1 where the weights carry everything.
         dropout: probability of dropping an input element of the experts in training, in [0, 1).
-        frozen: keep A and B as saved buffers, which nothing trains: experts taken over from elsewhere.
+        frozen: nothing trains A and B: experts taken over from elsewhere.
     """
 
     A: Tensor
@@ -56,8 +56,8 @@ class LoRABank(Bank):
         # stored as [E, L, O]: the experts' B side by side, and their gradient, are views then
         B_EOL = torch.zeros(num_experts, rank, width_out).transpose(1, 2)
         if frozen:
-            self.register_buffer("A", A_ELD)
-            self.register_buffer("B", B_EOL)
+            self.hold_frozen("A", A_ELD)
+            self.hold_frozen("B", B_EOL)
         else:
             self.A, self.B = nn.Parameter(A_ELD), nn.Parameter(B_EOL)
 

@@ -23,6 +23,7 @@ class Mixture(nn.Module):
     def __init__(self, router: Router, bank: Bank) -> None:
         super().__init__()
         self.router, self.bank = router, bank
+        router.banks.append(bank)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Mixture output.

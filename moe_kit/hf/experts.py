@@ -10,10 +10,13 @@ Shapes: T tokens, K slots a token, P pairs, E experts, D width, O width out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from moe_kit.errors import RoutingError
 
 if TYPE_CHECKING:
     from moe_kit_kernels import RoutePlan
@@ -48,22 +51,26 @@ def up_name(module: Any) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
-def stacked_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+def stacked_weights(module: nn.Module) -> dict[str, Tensor]:
     """The stacked weights of a module that holds a block's experts.
 
     Args:
         module: any module.
 
     Returns:
-        Name -> parameter [E, ., .], first projection first; empty for any other module and for quantised stacks.
+        Name -> weight [E, ., .], first projection first; empty for any other module and for quantised stacks. It need
+        be no parameter: what stands in its place during a pass (`torch.func.functional_call`, FSDP, a parametrisation)
+        is a plain tensor.
     """
     if not all(hasattr(module, flag) for flag in _FLAGS):
         return {}
     found: dict[str, Any] = {name: getattr(module, name, None) for name in (up_name(module), "down_proj")}
     # a quantised stack is a tensor of a class of its own, or holds whole numbers
-    if not all(type(w) is nn.Parameter and w.dim() == 3 and w.is_floating_point() for w in found.values()):
-        return {}
-    return found
+    return found if all(_is_stack(weight) for weight in found.values()) else {}
+
+
+def _is_stack(weight: Any) -> bool:
+    return type(weight) in (nn.Parameter, Tensor) and weight.dim() == 3 and weight.is_floating_point()
 
 
 def weight_of(module: Any, name: str) -> Tensor:
@@ -72,9 +79,54 @@ def weight_of(module: Any, name: str) -> Tensor:
     Args:
         module: an experts module of transformers.
         name: name of the stack.
+
+    Raises:
+        RoutingError: if what stands there is no stack of matrices: quantised, sharded or flattened.
     """
     weight = getattr(module, name)
+    if not _is_stack(weight):
+        raise RoutingError(
+            f"{name} of {type(module).__name__} is a {type(weight).__name__} of shape {list(weight.shape)}, expected a "
+            "plain tensor [experts, ., .]: experts whose weights are quantised, split by tensor or expert parallelism, "
+            "or flattened cannot be adapted by target_parameters. Leave these weights whole, or adapt linears only."
+        )
     return weight.transpose(1, 2) if module.is_transposed else weight
+
+
+def is_plain_call(module: nn.Module) -> bool:
+    """Return True if calling a module does no more than its class's forward: no hooks, nothing offloaded.
+
+    Args:
+        module: any module.
+    """
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
+
+
+def call_with(module: Any, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call a module with another forward in place of its own: its hooks still run, and bring its weights where needed.
+
+    Args:
+        module: the module, perhaps offloaded by accelerate, or with hooks that gather its weights.
+        forward: takes what the module's own takes.
+        *args: the arguments.
+
+    Returns:
+        What `forward` returns, as the hooks hand it on.
+    """
+    # accelerate wraps the forward itself and keeps the one that it calls
+    name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    if is_plain_call(module):
+        return forward(*args)
+    own = module.__dict__.get(name)
+    module.__dict__[name] = forward
+    try:
+        return module(*args)
+    finally:
+        if own is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = own
 
 
 def run_experts(module: Any, hidden_states: Tensor, ids_TK: Tensor, weights_TK: Tensor, product: Product) -> Tensor:

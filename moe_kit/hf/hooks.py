@@ -46,6 +46,7 @@ from moe_kit.hf.passes import (
     parts_of,
     readers_of_tables,
     running_node,
+    tensors_of,
 )
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.joined import all_mean
@@ -365,7 +366,8 @@ def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
 
 def _end(state: HookedRouting, output: Any) -> None:
     current = state.current
-    state.close()
+    # torch gives no output where the forward raised
+    state.close(None if output is None else tensors_of(output))
     current.close()
     if output is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         current.keep_with(output)

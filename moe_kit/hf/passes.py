@@ -262,7 +262,7 @@ class Pass:
         Args:
             output: tensors, or a collection of them; those without a graph are skipped.
         """
-        for tensor in _tensors(output):
+        for tensor in tensors_of(output):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.metadata.setdefault(_KEPT, []).append(self)
 
@@ -360,11 +360,16 @@ def _is_within(path: str, part: str) -> bool:
     return part == ROOT or path.startswith(part + ".")
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
+    """Tensors of an output.
+
+    Args:
+        value: a tensor, or a collection of them; other things in it are left out.
+    """
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in tensors_of(item)]
     return []

@@ -23,6 +23,7 @@ from moe_kit.errors import RoutingError
 
 if TYPE_CHECKING:
     from moe_kit.routing.decision import Routing
+    from moe_kit.routing.step import PassCounts
 
 
 class InputIdentity:
@@ -133,6 +134,9 @@ class RoutingContext:
             decoding, when routers obey it. None = nothing outlives this pass.
         policy_gradient: True while a policy-gradient trainer runs the model: sampled decisions keep the gradient of
             their log-probability even in forward-only passes.
+        learns: gradients were on when the pass of the model began (reentrant checkpointing runs its layers without); None
+            = a router is used on its own, and torch tells.
+        counts: what step states measured in this pass; None = a router is used on its own, and it counts at once.
         is_open: True while the forward runs; a recomputation during backward finds it False and registers nothing.
         closed_losses: unscaled auxiliary losses by name, filled when the forward ends.
         closed_terms: (router, name, unscaled loss), one for each loss of each group of routers, filled as well.
@@ -166,6 +170,8 @@ class RoutingContext:
     registered: list[tuple[str, Routing, torch.nn.Module]] = field(default_factory=list)
     carried: dict[str, Tensor] | None = None
     policy_gradient: bool = False
+    learns: bool | None = None
+    counts: PassCounts | None = None
     is_open: bool = True
     closed_losses: dict[str, Tensor] = field(default_factory=dict)
     closed_terms: list[tuple[Any, str, Tensor]] = field(default_factory=list)
@@ -317,6 +323,11 @@ class RoutingContext:
             and self.forced_ids_BK is None
             and self.forced_weights_BE is None
         )
+
+    @property
+    def counts_states(self) -> bool:
+        """Whether step states count in this pass: something is trained by it, if only by a policy gradient."""
+        return self.policy_gradient or (torch.is_grad_enabled() if self.learns is None else self.learns)
 
     def mask_T(self, batch: int, length: int) -> Tensor | None:
         """Real tokens of an input with `batch` rows and `length` columns, flattened.

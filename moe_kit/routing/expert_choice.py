@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.frozen import assign, whole
 from moe_kit.routing.loss_free import gate_scores
 from moe_kit.routing.scope import Decisions, pool_sum
 from moe_kit.routing.select import Selection
@@ -192,9 +193,9 @@ class SelectEMAThreshold(StepState):
         decay: of the moving average of the cut-offs; the first step copies its cut-off.
 
     Attributes:
-        threshold: float32 buffer [E], saved. It moves after the optimizer step, so no decision depends on its own
+        threshold: float32 frozen parameter [E]. It moves after the optimizer step, so no decision depends on its own
             batch. Before the first step it is 0, which admits about half of the experts under centred logits.
-        steps: float32 buffer [], steps so far.
+        steps: float32 frozen parameter [1], steps so far.
     """
 
     threshold: Tensor
@@ -206,8 +207,8 @@ class SelectEMAThreshold(StepState):
             raise ConfigError(f"decay is {decay}, expected a value in [0, 1).")
         super().__init__(num_experts + 1)
         self.num_experts, self.k, self.gate, self.decay = num_experts, k, gate, decay
-        self.register_buffer("threshold", torch.zeros(num_experts))
-        self.register_buffer("steps", torch.zeros(()))
+        self.hold_frozen("threshold", torch.zeros(num_experts))
+        self.hold_frozen("steps", torch.zeros(()))
 
     def forward(self, scores_NE: Tensor, decisions: Decisions, context: RoutingContext) -> Selection:
         """Dense selection [N, E]."""
@@ -232,8 +233,9 @@ class SelectEMAThreshold(StepState):
     def update(self, total: Tensor) -> None:
         """Move towards the mean cut-off of the step."""
         passes = total[-1]
-        cut_E = (total[:-1] / passes.clamp_min(1)).to(self.threshold)
-        decay = torch.where(self.steps > 0, self.decay, 0.0)
-        moved = decay * self.threshold + (1 - decay) * cut_E
-        self.threshold.copy_(torch.where(passes > 0, moved, self.threshold))
-        self.steps += (passes > 0).to(self.steps)
+        threshold_E, steps = whole(self.threshold), whole(self.steps)
+        cut_E = (total[:-1] / passes.clamp_min(1)).to(threshold_E)
+        decay = torch.where(steps > 0, self.decay, 0.0)
+        moved_E = decay * threshold_E + (1 - decay) * cut_E
+        assign(self.threshold, torch.where(passes > 0, moved_E, threshold_E))
+        assign(self.steps, steps + (passes > 0).to(steps))

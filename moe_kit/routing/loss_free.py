@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moe_kit.errors import ConfigError
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.frozen import assign, whole
 from moe_kit.routing.select import stable_top_k
 from moe_kit.routing.step import StepState
 
@@ -64,7 +65,7 @@ class LossFreeBias(StepState):
             choose it a few times the logits' spread for gate "none".
 
     Attributes:
-        bias: float32 buffer [E], zero at start, saved with the router.
+        bias: float32 frozen parameter [E], zero at start.
     """
 
     bias: Tensor
@@ -85,7 +86,7 @@ class LossFreeBias(StepState):
         super().__init__(num_experts if rule == "sign" else num_experts * (bins + 1))
         self.num_experts, self.rate, self.gate, self.rule = num_experts, rate, gate, rule
         self.bins, self.span = bins, span
-        self.register_buffer("bias", torch.zeros(num_experts))
+        self.hold_frozen("bias", torch.zeros(num_experts))
 
     def choice_scores(self, logits_NE: Tensor) -> Tensor:
         """Gate plus bias, float32 [N, E]."""
@@ -113,9 +114,9 @@ class LossFreeBias(StepState):
 
     def update(self, total: Tensor) -> None:
         """One step of the rule."""
-        load_E = total[-self.num_experts :]
+        load_E, bias_E = total[-self.num_experts :], whole(self.bias)
         if self.rule == "sign":
-            self.bias += self.rate * (load_E.mean() - load_E).sign().to(self.bias)
+            assign(self.bias, bias_E + self.rate * (load_E.mean() - load_E).sign().to(bias_E))
             return
         histogram = total[: -self.num_experts].view(self.num_experts, self.bins)
         count = histogram.sum(-1, keepdim=True)
@@ -128,8 +129,8 @@ class LossFreeBias(StepState):
         # linear within the bin
         fraction = ((below - before) / inside.clamp_min(1)).clamp(0, 1)
         quantile_E = ((index + fraction) * (2 * self.span / self.bins) - self.span)[:, 0]
-        moved = (quantile_E.mean() - quantile_E).to(self.bias)
-        self.bias.copy_(torch.where(count[:, 0] > 0, moved, self.bias))
+        moved_E = (quantile_E.mean() - quantile_E).to(bias_E)
+        assign(self.bias, torch.where(count[:, 0] > 0, moved_E, bias_E))
 
     def extra_repr(self) -> str:
         """Rule and rate."""

@@ -23,15 +23,16 @@ from moe_kit.errors import RoutingError
 from moe_kit.routing.balance import BalanceLoss
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.frozen import trainable_kinds
 from moe_kit.routing.schedule import FreezeSchedule
 from moe_kit.routing.scope import Decisions, Scope, TokenScope, pool_mean
 from moe_kit.routing.score import NoisyLogits, is_plain_linear
 from moe_kit.routing.select import Selection, is_plain_top_k
-from moe_kit.routing.step import StepState
+from moe_kit.routing.step import StepOwner, StepState
 from moe_kit.routing.weight import SelectedSoftmaxWeight, Weight
 
 
-class Router(nn.Module):
+class Router(StepOwner):
     """Makes a `Routing` from an input and a context.
 
     Args:
@@ -49,6 +50,8 @@ class Router(nn.Module):
     Attributes:
         site: name under which decisions are recorded and replayed; set by whoever owns the router.
         group: routers of one group (an adapter) average their losses over their sites; groups add up.
+        banks: the experts that it routes, if whoever owns it told. A router without trainable parameters is trained
+            as long as these are.
     """
 
     # what is chosen are experts; metrics of load and collapse are about these
@@ -78,6 +81,8 @@ class Router(nn.Module):
         self.scorer, self.select, self.stepper = score, select, stepper
         self.losses = dict(losses or {})
         self.detach_input, self.frozen = detach_input, frozen
+        # plain: their layers own them
+        self.banks: list[nn.Module] = []
         self.freeze = None
         if freeze_after is not None:
             # NOTE: registered behind the states that it puts back, since they move in this order
@@ -104,10 +109,19 @@ class Router(nn.Module):
     def is_frozen(self) -> bool:
         """True if score and selection stay as they are, so that their balance state must stay as well.
 
-        Either somebody said so, or there are parameters and none of them is trained (an adapter loaded for inference).
+        Either somebody said so, or there is something to train and none of it is (an adapter loaded for inference).
         """
-        trained = [value.requires_grad for value in self.parameters()]
-        return self.frozen or (bool(trained) and not any(trained))
+        if self.frozen:
+            return True
+        kinds = self._kinds()
+        return bool(kinds) and not any(value.requires_grad for value in kinds)
+
+    def trained_with(self) -> list[nn.Parameter]:
+        """Parameters whose optimizer moves the step states: its own, or those of its experts."""
+        return [value for value in self._kinds() if value.requires_grad]
+
+    def _kinds(self) -> list[nn.Parameter]:
+        return trainable_kinds(self) or [value for bank in self.banks for value in trainable_kinds(bank)]
 
     def coefficient(self, name: str) -> Tensor | float:
         """Coefficient of an auxiliary loss, as its schedule or controller has it now.
@@ -195,10 +209,10 @@ class Router(nn.Module):
         context.routings[self.site] = routing
         if context.is_open:
             context.registered.append((self.site, routing, self))
-            states = self._step_states if self.training else []
-            if states and not self.is_frozen:
+            states = self.step_states if self.training else []
+            if states and context.counts_states and not self.is_frozen:
                 for state in states:
-                    state.observe(routing)
+                    state.observe(routing, context.counts)
         return routing
 
     def _fuses_for(self, x: Tensor, context: RoutingContext) -> bool:
@@ -276,7 +290,8 @@ class Router(nn.Module):
         )
 
     @property
-    def _step_states(self) -> list[StepState]:
+    def step_states(self) -> list[StepState]:
+        """Parts that count and move once an optimizer step."""
         return [part for part in (self.stepper, self.select, self.freeze) if isinstance(part, StepState)]
 
     def _logits(self, decisions: Decisions) -> tuple[Tensor, NoisyLogits | None]:

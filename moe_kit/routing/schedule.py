@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moe_kit.errors import ConfigError
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.frozen import assign, whole
 from moe_kit.routing.step import StepState
 
 
@@ -40,7 +41,7 @@ class TwoStageEntropy(StepState):
         ramp_steps: steps over which stage 2 comes in and stage 1's push on Hs goes out.
 
     Attributes:
-        steps, average, streak, switched_at: float32 buffers [], saved, so that a resumed run keeps its stage;
+        steps, average, streak, switched_at: float32 frozen parameters [1], so that a resumed run keeps its stage;
             `switched_at` is -1 in stage 1.
     """
 
@@ -68,8 +69,8 @@ class TwoStageEntropy(StepState):
         self.threshold, self.patience, self.max_steps = threshold, patience, max_steps
         self.decay, self.ramp_steps = decay, ramp_steps
         for name in ("steps", "average", "streak"):
-            self.register_buffer(name, torch.zeros(()))
-        self.register_buffer("switched_at", torch.tensor(-1.0))
+            self.hold_frozen(name, torch.zeros(()))
+        self.hold_frozen("switched_at", torch.tensor(-1.0))
 
     def pool_key(self) -> tuple:
         """Schedules with equal settings move as one."""
@@ -78,8 +79,9 @@ class TwoStageEntropy(StepState):
     @property
     def ramp(self) -> Tensor:
         """How far stage 2 has come in, [] in [0, 1]; 0 in stage 1."""
-        since = (self.steps - self.switched_at).clamp(0, self.ramp_steps) / self.ramp_steps
-        return torch.where(self.switched_at < 0, 0.0, since)
+        switched_at = self.switched_at.detach()[0]
+        since = (self.steps.detach()[0] - switched_at).clamp(0, self.ramp_steps) / self.ramp_steps
+        return torch.where(switched_at < 0, 0.0, since)
 
     def loss_factor(self, name: str) -> Tensor | float:
         """1 - ramp for the push up on Hs, ramp for the push down, 1 for all else."""
@@ -99,15 +101,18 @@ class TwoStageEntropy(StepState):
 
     def update(self, total: Tensor) -> None:
         """Move the average, the streak and the latch."""
-        mean = (total[0] / total[1].clamp_min(1)).to(self.average)
-        first = self.steps == 0
-        self.average.copy_(torch.where(first, mean, self.decay * self.average + (1 - self.decay) * mean))
-        self.steps += 1
-        self.streak.copy_(torch.where(self.average >= self.threshold, self.streak + 1, 0.0))
-        falls = self.streak >= self.patience
+        steps, average, streak = whole(self.steps), whole(self.average), whole(self.streak)
+        switched_at = whole(self.switched_at)
+        mean = (total[0] / total[1].clamp_min(1)).to(average)
+        average = torch.where(steps == 0, mean, self.decay * average + (1 - self.decay) * mean)
+        steps = steps + 1
+        streak = torch.where(average >= self.threshold, streak + 1, 0.0)
+        falls = streak >= self.patience
         if self.max_steps is not None:
-            falls = falls | (self.steps >= self.max_steps)
-        self.switched_at.copy_(torch.where((self.switched_at < 0) & falls, self.steps, self.switched_at))
+            falls = falls | (steps >= self.max_steps)
+        switched_at = torch.where((switched_at < 0) & falls, steps, switched_at)
+        for name, value in {"steps": steps, "average": average, "streak": streak, "switched_at": switched_at}.items():
+            assign(getattr(self, name), value)
 
 
 class FreezeSchedule(StepState):
@@ -119,7 +124,8 @@ class FreezeSchedule(StepState):
             before this one.
 
     Attributes:
-        steps: float32 buffer [], saved; the frozen values themselves are the saved parameters.
+        steps: float32 frozen parameter [1], steps that trained the parts; the frozen values themselves are the saved
+            parameters.
     """
 
     steps: Tensor
@@ -131,17 +137,19 @@ class FreezeSchedule(StepState):
         self.after = after
         self.parts = parts
         self.kept: list[Tensor] | None = None
-        self.register_buffer("steps", torch.zeros(()))
+        self.hold_frozen("steps", torch.zeros(()))
+
+    def moves(self) -> list[Tensor]:
+        """Its own step and what it puts back."""
+        return [self.steps, *self._held()]
 
     def _held(self) -> list[Tensor]:
-        modules = [module for part in self.parts for module in part.modules()]
-        moving = [value for module in modules if isinstance(module, StepState) for value in module.buffers()]
-        return [*(value for part in self.parts for value in part.parameters()), *moving]
+        return [value for part in self.parts for value in part.parameters()]
 
     def measure(self, routing: Routing) -> Tensor:
         """One, and a copy of the values before the first step."""
         if self.kept is None:
-            self.kept = [value.detach().clone() for value in self._held()]
+            self.kept = [whole(value).clone() for value in self._held()]
         return self.steps.new_ones(1)
 
     def update(self, total: Tensor) -> None:
@@ -149,8 +157,9 @@ class FreezeSchedule(StepState):
         if self.kept is None:
             # this router has not run yet: other sites have
             return
-        self.steps += 1
-        frozen = self.steps > self.after
+        steps = whole(self.steps)
+        frozen = steps >= self.after
+        assign(self.steps, torch.where(frozen, steps, steps + 1))
         for kept, value in zip(self.kept, self._held(), strict=True):
-            kept.copy_(torch.where(frozen, kept, value))
-            value.copy_(kept)
+            kept.copy_(torch.where(frozen, kept, whole(value)))
+            assign(value, kept)

@@ -15,6 +15,7 @@ from moe_kit_kernels.common.backward import first_order
 from torch import Tensor, nn
 
 from moe_kit.errors import ConfigError, RoutingError
+from moe_kit.routing.frozen import HoldsFrozen
 from moe_kit.routing.scope import Decisions
 
 
@@ -149,7 +150,7 @@ class NoisyLinearScore(nn.Module):
             return NoisyLogits(clean + torch.randn_like(clean) * std, clean, std)
 
 
-class PrototypeScore(nn.Module):
+class PrototypeScore(HoldsFrozen):
     """Likeness of the input to one prototype an expert.
 
     Args:
@@ -158,12 +159,13 @@ class PrototypeScore(nn.Module):
         metric: "dot" (x.p), "layer_norm" (LN(x).LN(p) / sqrt D, no affine), "cosine", or "absolute" (|x.p|).
         temperature: divides the likeness.
         prototypes_ED: start values; None draws them normal with standard deviation 1/sqrt(D).
-        trainable: False keeps them as a saved buffer.
+        trainable: False keeps them as they are.
 
     Source: LayerNorm form: PHATGOOSE as used by GLIDER, arXiv 2410.07172; absolute form: Arrow, arXiv 2405.11157.
     """
 
     METRICS = ("dot", "layer_norm", "cosine", "absolute")
+    prototypes: Tensor
 
     def __init__(
         self,
@@ -183,7 +185,7 @@ class PrototypeScore(nn.Module):
         if trainable:
             self.prototypes = nn.Parameter(values)
         else:
-            self.register_buffer("prototypes", values)
+            self.hold_frozen("prototypes", values)
 
     def forward(self, decisions: Decisions) -> Tensor:
         """Logits, float32 [N, E]."""
@@ -199,7 +201,7 @@ class PrototypeScore(nn.Module):
             return (likeness.abs() if self.metric == "absolute" else likeness) / self.temperature
 
 
-class FrozenSparseScore(nn.Module):
+class FrozenSparseScore(HoldsFrozen):
     """`logits = A x` with a frozen random A of p non-zeros a row: projection and router in one.
 
     The rows of A are the experts' own down projections, so no router is trained.
@@ -214,7 +216,7 @@ class FrozenSparseScore(nn.Module):
             What the experts add and which of them are chosen then come from the same dropped x.
 
     Attributes:
-        A: float32 buffer [E, D], entries N(0, 1/E^2), saved.
+        A: float32 frozen parameter [E, D], entries N(0, 1/E^2).
 
     Source: FlyLoRA, arXiv 2510.08396.
     """
@@ -231,14 +233,14 @@ class FrozenSparseScore(nn.Module):
         filled = max(1, round(density * width))
         places = torch.rand(num_experts, width, generator=generator).argsort(-1)[:, :filled]
         values = torch.randn(num_experts, filled, generator=generator) / num_experts
-        self.register_buffer("A", torch.zeros(num_experts, width).scatter(1, places, values))
+        self.hold_frozen("A", torch.zeros(num_experts, width).scatter(1, places, values))
         self.dropout = nn.Dropout(dropout) if dropout else None
 
     def forward(self, decisions: Decisions) -> Tensor:
         """A x, float32 [N, E]."""
         with torch.autocast(decisions.x_ND.device.type, enabled=False):
             x_ND = decisions.x_ND.float()
-            return F.linear(x_ND if self.dropout is None else self.dropout(x_ND), self.A.float())
+            return F.linear(x_ND if self.dropout is None else self.dropout(x_ND), self.A.detach().float())
 
 
 class UniformScore(nn.Module):

@@ -19,6 +19,7 @@ from moe_kit.errors import RoutingError
 from moe_kit.routing.balance import BalanceLoss, mean_loss, stack_routings
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.joined import joined
+from moe_kit.routing.step import PassCounts
 
 ATTRIBUTE = "moe_routing_state"
 
@@ -57,21 +58,28 @@ class ModelRouting:
         self.context = context
 
     def impose(self, context: RoutingContext) -> None:
-        """Put what the user replays or forces into a context.
+        """Put what the user replays or forces into a context, and what it will count.
 
         Args:
             context: of a pass that starts.
         """
         for name, value in self.overrides.items():
             setattr(context, name, value)
+        context.learns, context.counts = torch.is_grad_enabled(), PassCounts()
 
-    def close(self) -> None:
-        """End the forward pass: compute auxiliary losses, record ids, stop registering."""
+    def close(self, outputs: Sequence[Any] | None = ()) -> None:
+        """End the forward pass: compute auxiliary losses, record ids, count, stop registering.
+
+        Args:
+            outputs: what the pass returned, tensors among other things; None = it died, and nothing of it counts.
+        """
         context = self.context
         context.close()
         context.closed_losses, context.closed_terms = auxiliary_losses(context, self.balances_globally)
         if self.record is not None:
             self.record.update({site: routing.expert_ids_NK.detach() for site, routing, _ in context.registered})
+        if outputs is not None and context.counts is not None:
+            context.counts.commit(outputs)
 
     def total_loss(self) -> Tensor | None:
         """Sum of coefficient times loss over the last forward, or None if no router has a loss."""

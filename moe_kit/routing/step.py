@@ -1,12 +1,16 @@
 """State that moves once an optimizer step: balance biases, thresholds, sparsity controllers, schedules.
 
-A `StepState` counts during the forward passes of a step (once each, never in recomputation) and updates its buffers
-from the counts of all processes after the optimizer's step. Counters are plain attributes: distributed training
-broadcasts buffers in every forward and would overwrite them. What moves is kept in float32 buffers, which are saved.
+A `StepState` counts during the forward passes of a step (once each, never in recomputation) and moves its values by
+the counts of all processes after the optimizer's step. Counters are plain attributes; what moves is kept in frozen
+float32 parameters.
 
-`routing_step` is called by a hook behind `Optimizer.step`, so it runs under any trainer, fused optimizers included,
-and once for all micro-batches of an accumulated step. Optimizers that are no `torch.optim.Optimizer` (DeepSpeed's)
-need a call of `routing_step(model)` after each step.
+State moves only with what trains. A pass counts if it ran in training mode with gradients on (or as a sample of a policy
+gradient, which may run without), if router and experts are not frozen, if its forward came to its end, and if its
+backward, once begun, did too: batches that ran out of memory leave nothing behind.
+
+`routing_step` is called by a hook behind `Optimizer.step`, so it runs under any trainer, fused optimizers and ZeRO
+included, once for all micro-batches of an accumulated step, and moves what the stepping optimizer trains. Optimizers that
+are no `torch.optim.Optimizer` need a call of `routing_step(model)` after each step.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.frozen import HoldsFrozen, gathered
 
 _EXPLICIT = "moe_routing_step_hook"
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _global_hook: list[Any] = []
 
 
-class StepState(nn.Module):
+class StepState(HoldsFrozen):
     """A part of a router that counts in the forward pass and moves once an optimizer step.
 
     Args:
@@ -34,6 +39,7 @@ class StepState(nn.Module):
 
     Attributes:
         counter: float64 [size], sum of the measures since the last step; None before the first.
+        passes: the passes that it is the sum of, where these may still fail.
         pooled: states of equal `pool_key` at all sites of a model share their counts, so that they move as one.
     """
 
@@ -43,6 +49,7 @@ class StepState(nn.Module):
         super().__init__()
         self.size = size
         self.counter: Tensor | None = None
+        self.passes: list[PassCounts] = []
 
     def choice_scores(self, logits_NE: Tensor) -> Tensor:
         """Scores that the selection sees; the logits themselves unless a bias is kept.
@@ -71,6 +78,10 @@ class StepState(nn.Module):
         """
         raise NotImplementedError
 
+    def moves(self) -> list[Tensor]:
+        """Parameters that `update` changes."""
+        return list(self.parameters())
+
     def update(self, total: Tensor) -> None:
         """Move, given the counts of a whole step over all processes.
 
@@ -79,11 +90,91 @@ class StepState(nn.Module):
         """
         raise NotImplementedError
 
-    def observe(self, routing: Routing) -> None:
-        """Add a decision to the counter; no gradient, no wait for the device."""
+    def observe(self, routing: Routing, counts: PassCounts | None = None) -> None:
+        """Count a decision; no gradient, no wait for the device.
+
+        Args:
+            routing: the decision.
+            counts: of the pass that it belongs to; None = it counts at once.
+        """
         with torch.no_grad():
             measured = self.measure(routing).double()
-            self.counter = measured if self.counter is None else self.counter.to(measured.device) + measured
+        if counts is None:
+            self.add(measured)
+        else:
+            counts.entries.append((self, measured))
+
+    def add(self, measured: Tensor) -> None:
+        """Add to the counter.
+
+        Args:
+            measured: float64 [size].
+        """
+        self.counter = measured if self.counter is None else self.counter.to(measured.device) + measured
+
+
+class PassCounts:
+    """Counts of one forward pass, which join those of the step when it ends.
+
+    Attributes:
+        entries: (state, what it measured).
+        in_backward: a backward pass through this one has begun and not ended.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[StepState, Tensor]] = []
+        self.in_backward = False
+
+    def commit(self, outputs: Iterable[Any] = ()) -> None:
+        """Count the pass, whose forward has ended.
+
+        Args:
+            outputs: what it returned: a gradient that reaches one of these tensors begins its backward.
+        """
+        for state, measured in self.entries:
+            state.add(measured)
+        if torch.compiler.is_compiling():
+            # a compiled graph takes no hook
+            return
+        reached = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
+        if self.entries and reached:
+            for state, _ in self.entries:
+                state.passes.append(self)
+            for value in reached:
+                value.register_hook(self._begin)
+
+    def _begin(self, gradient: Tensor) -> None:
+        if not self.in_backward:
+            self.in_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self.in_backward = False
+
+    def withdraw(self) -> None:
+        """Take the pass back if its backward died."""
+        if self.in_backward:
+            for state, measured in self.entries:
+                state.add(-measured)
+        self.entries = []
+
+
+class StepOwner(nn.Module):
+    """A module whose step states move when it is trained: a router."""
+
+    @property
+    def step_states(self) -> list[StepState]:
+        """Its states, in the order in which they move."""
+        raise NotImplementedError
+
+    @property
+    def is_frozen(self) -> bool:
+        """True if its states must stay as they are."""
+        raise NotImplementedError
+
+    def trained_with(self) -> list[nn.Parameter]:
+        """Parameters whose optimizer moves the states; empty if nothing tells."""
+        raise NotImplementedError
 
 
 def step_states(model: nn.Module) -> list[StepState]:
@@ -95,17 +186,23 @@ def step_states(model: nn.Module) -> list[StepState]:
     return [module for module in model.modules() if isinstance(module, StepState)]
 
 
-@torch.no_grad()
 def routing_step(model: nn.Module) -> None:
     """Move all step states of a model from the counts since the last call, summed over all processes.
 
     Does nothing if no training forward was counted since the last call, so a second optimizer of the same model is
-    harmless. With torch.distributed running, every process must call it.
+    harmless. With torch.distributed running, every process must call it. States of frozen routers stay.
 
     Args:
         model: a model with routers.
     """
-    states = step_states(model)
+    kept = {id(state) for owner in _owners(model) if owner.is_frozen for state in owner.step_states}
+    _move([state for state in step_states(model) if id(state) not in kept])
+
+
+@torch.no_grad()
+def _move(states: list[StepState]) -> None:
+    for counts in {id(counts): counts for state in states for counts in state.passes}.values():
+        counts.withdraw()
     if all(state.counter is None for state in states):
         return
     device = next(state.counter.device for state in states if state.counter is not None)
@@ -125,9 +222,12 @@ def routing_step(model: nn.Module) -> None:
         if state.pooled:
             key = state.pool_key()
             pools[key] = pools[key] + total if key in pools else total
-    for state, total in zip(states, totals):
-        state.update(pools[state.pool_key()] if state.pooled else total)
-        state.counter = None
+    # a state may hold values of others: one that freezes them does
+    parameters = {id(value): value for state in states for value in state.moves()}
+    with gathered(list(parameters.values())):
+        for state, total in zip(states, totals):
+            state.update(pools[state.pool_key()] if state.pooled else total)
+            state.counter, state.passes = None, []
 
 
 def install_step_hook(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -154,10 +254,11 @@ def install_step_hook(optimizer: torch.optim.Optimizer, model: nn.Module) -> tor
 
 
 def track(model: nn.Module) -> None:
-    """Move the step states of a model after the step of whichever optimizer holds its parameters.
+    """Move the step states of a model after the step of whichever optimizer trains them.
 
-    One hook on all optimizers of the process looks for tracked models whose trainable parameters the stepping
-    optimizer holds. So trainers that know nothing of routers move them too. Doing it twice changes nothing.
+    One hook on all optimizers of the process looks for routers whose trainable parameters (or those of their experts,
+    for routers without) the stepping optimizer holds. So trainers that know nothing of routers move them too, and
+    an adapter that this optimizer does not hold stays as it is. Doing it twice changes nothing.
 
     Args:
         model: a model with routers; only a weak reference is kept.
@@ -170,12 +271,25 @@ def track(model: nn.Module) -> None:
 def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
     held: set[int] | None = None
     for model in list(_models):
-        if model.__dict__.get(_EXPLICIT) or all(state.counter is None for state in step_states(model)):
+        if model.__dict__.get(_EXPLICIT):
+            continue
+        states = step_states(model)
+        if all(state.counter is None for state in states):
             continue
         if held is None:
             held = {id(value) for group in optimizer.param_groups for value in group["params"]}
-        if _any_in(model.parameters(), held):
-            routing_step(model)
+        if not _any_in(model.parameters(), held):
+            continue
+        others: set[int] = set()
+        for owner in _owners(model):
+            trained = owner.trained_with()
+            if owner.is_frozen or (trained and not _any_in(trained, held)):
+                others.update(map(id, owner.step_states))
+        _move([state for state in states if id(state) not in others])
+
+
+def _owners(model: nn.Module) -> list[StepOwner]:
+    return [module for module in model.modules() if isinstance(module, StepOwner)]
 
 
 def _any_in(parameters: Iterable[nn.Parameter], held: set[int]) -> bool:

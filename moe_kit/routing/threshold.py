@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moe_kit.errors import ConfigError
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.frozen import assign, whole
 from moe_kit.routing.scope import Decisions
 from moe_kit.routing.select import Selection
 from moe_kit.routing.step import StepState
@@ -122,7 +123,7 @@ class SparsityController(StepState):
         loss: name of the controlled loss.
 
     Attributes:
-        strength: float32 buffer [], lambda, saved.
+        strength: float32 frozen parameter [1], lambda.
 
     Source: ReMoE, arXiv 2412.14711.
     """
@@ -135,7 +136,7 @@ class SparsityController(StepState):
     ) -> None:
         super().__init__(3)
         self.num_experts, self.k, self.factor, self.loss = num_experts, k, factor, loss
-        self.register_buffer("strength", torch.tensor(initial))
+        self.hold_frozen("strength", torch.tensor(initial))
 
     def pool_key(self) -> tuple:
         """Controllers of one loss and one rule share their counts."""
@@ -143,7 +144,7 @@ class SparsityController(StepState):
 
     def loss_factor(self, name: str) -> Tensor | float:
         """Lambda for the controlled loss."""
-        return self.strength if name == self.loss else 1.0
+        return self.strength.detach()[0] if name == self.loss else 1.0
 
     def measure(self, routing: Routing) -> Tensor:
         """Active slots, all slots, and the active slots aimed at."""
@@ -158,4 +159,5 @@ class SparsityController(StepState):
         active, slots, wanted = total
         slots = slots.clamp_min(1)
         direction = torch.sign((1 - wanted / slots) - (1 - active / slots))
-        self.strength *= (self.factor**direction).to(self.strength)
+        strength = whole(self.strength)
+        assign(self.strength, strength * (self.factor**direction).to(strength))

@@ -133,6 +133,7 @@ def inspect_model(model: Any, adapter_name: str = "default") -> Inspection:
     from moe_kit.adapters import RoutedLayer
     from moe_kit.adapters.base_experts import AdaptedExperts
     from moe_kit.hf.experts import stacked_weights
+    from moe_kit.routing.frozen import trainable_kinds
 
     chosen_by_base = getattr(model.get_base_model().config.get_text_config(), "num_experts_per_tok", None)
     config = model.peft_config[adapter_name]
@@ -153,7 +154,7 @@ def inspect_model(model: Any, adapter_name: str = "default") -> Inspection:
                     parameters=_count(_tensors(bank)),
                     shared_parameters=_count(w for w in _tensors(bank) if not _is_stack(w, bank.num_experts)),
                     router=owner.path,
-                    router_parameters=_count(router.parameters()) if owner is module else 0,
+                    router_parameters=_count(trainable_kinds(router)) if owner is module else 0,
                     router_active=_met(router) if owner is module else 0,
                 )
             )
@@ -286,8 +287,8 @@ def _count(tensors: Any) -> int:
 
 
 def _tensors(bank: Any) -> list[Any]:
-    """Weights of a bank: parameters, and the buffers that experts taken over from elsewhere are."""
-    return [*bank.parameters(), *bank.buffers()]
+    """Weights of a bank."""
+    return list(bank.parameters())
 
 
 def _is_stack(weight: Any, experts: int) -> bool:
@@ -301,10 +302,13 @@ def _met(router: Any) -> int:
 
     if isinstance(router.scorer, TaskTableScore):
         return router.num_experts
+    from moe_kit.routing.frozen import frozen_parameters
+
+    # vectors among the frozen are counts, biases of the choice and thresholds
+    state = {id(value) for value in frozen_parameters(router) if value.dim() == 1}
     # the matrix of the noise acts in training only
-    trained = [p for name, p in router.named_parameters() if not name.endswith("noise_weight")]
-    # vectors and numbers among the buffers are counts, biases of the choice and thresholds
-    return _count([*trained, *(b for b in router.buffers() if b.dim() > 1)])
+    names = router.named_parameters()
+    return _count(p for name, p in names if not name.endswith("noise_weight") and id(p) not in state)
 
 
 def _is_added(name: str) -> bool:

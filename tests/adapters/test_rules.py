@@ -15,6 +15,7 @@ from moe_kit.adapters.layer import RoutedLayer
 from moe_kit.adapters.presets import PRESETS
 from moe_kit.errors import RoutingError
 from moe_kit.routing import force_experts
+from moe_kit.routing.frozen import frozen_parameters
 from moe_kit.routing.state import require_routing_state
 from moe_kit.routing.step import step_states
 from tests.adapters.rule_cases import ADAPTER, CASES, NUM_EXPERTS, PROMPT, routers
@@ -137,11 +138,11 @@ def renaming_experts_changes_nothing(case, tmp_path):
             router = owner.moe_adapter_router[ADAPTER]
             router.scorer.register_forward_hook(lambda m, a, logits, order=order: reorder(logits, order))
             for part in (router.stepper, router.select):
-                for buffer in part.buffers() if part is not None else ():
-                    if buffer.dim() and buffer.shape[0] == bank.num_experts:
-                        buffer.copy_(buffer[order])
+                for value in frozen_parameters(part) if part is not None else ():
+                    if value.shape[0] == bank.num_experts:
+                        value.copy_(value[order])
         with torch.no_grad():
-            for value in [*bank.parameters(), *bank.buffers()]:
+            for value in bank.parameters():
                 if value.dim() == 3 and value.shape[0] == bank.num_experts:
                     value.copy_(value[orders[site]])
     assert_close("logits", case.logits(model, ids), before)
@@ -258,8 +259,8 @@ def ties_go_to_the_lowest_index(case, tmp_path):
         router.scorer.register_forward_hook(lambda m, a, logits: torch.ones_like(logits))
     for router in routers(model).values():
         if router.stepper is not None:
-            for buffer in router.stepper.buffers():
-                buffer.zero_()
+            for value in frozen_parameters(router.stepper):
+                value.zero_()
     case.logits(model, tokens(1, 40))
     for site, routing in last_routings(model).items():
         chosen = routing.chosen_NE()
@@ -284,9 +285,9 @@ def check_same(before, after):
 @rule
 def saving_and_loading_keeps_everything(case, tmp_path):
     model = case.model()
-    for name, buffer in model.named_buffers():
-        if "moe_adapter" in name and buffer.is_floating_point() and "bank" not in name:
-            buffer.add_(torch.randn_like(buffer) * 0.1)
+    for router in routers(model).values():
+        for value in frozen_parameters(router):
+            value.add_(torch.randn_like(value) * 0.1)
     expected = case.logits(model, tokens())
     model.save_pretrained(tmp_path)
     torch.manual_seed(5)

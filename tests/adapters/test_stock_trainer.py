@@ -109,7 +109,7 @@ def moving_values(model):
     """Every value that the choice of experts depends on: parameters, biases, thresholds."""
     return {
         name: value.clone()
-        for name, value in [*model.named_parameters(), *model.named_buffers()]
+        for name, value in model.named_parameters()
         if "router" in name and not name.endswith("freeze.steps")
     }
 

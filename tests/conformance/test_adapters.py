@@ -313,12 +313,12 @@ class TestBadTargets:
 def test_a_copied_model_moves_its_own_step_state():
     model = routed(preset="loss_free")
     copied = copy.deepcopy(model).train()
-    (before, *_) = [value.clone() for name, value in copied.named_buffers() if name.endswith("stepper.bias")]
+    (before, *_) = [value.clone() for name, value in copied.named_parameters() if name.endswith("stepper.bias")]
     optimizer = torch.optim.SGD([value for value in copied.parameters() if value.requires_grad], lr=0.1)
     copied(**batch_of()).loss.backward()
     optimizer.step()
-    (after, *_) = [value for name, value in copied.named_buffers() if name.endswith("stepper.bias")]
-    (kept, *_) = [value for name, value in model.named_buffers() if name.endswith("stepper.bias")]
+    (after, *_) = [value for name, value in copied.named_parameters() if name.endswith("stepper.bias")]
+    (kept, *_) = [value for name, value in model.named_parameters() if name.endswith("stepper.bias")]
     assert not torch.equal(before, after)
     assert torch.equal(before, kept)
 

@@ -107,8 +107,8 @@ def run(case, folder, size, steps):
         trainer.train()
     finally:
         torch.rand_like = original
-    buffers = {key: value.clone() for key, value in model.named_buffers() if "moe_adapter" in key}
-    return {**optimizer.caught, **buffers}
+    state = {key: value.detach().clone() for key, value in model.named_parameters() if not value.requires_grad}
+    return {**optimizer.caught, **{key: value for key, value in state.items() if "moe_adapter" in key}}
 
 
 if __name__ == "__main__":

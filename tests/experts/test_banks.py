@@ -148,10 +148,11 @@ def test_heads_must_divide_the_widths():
         SplitHeadBank(8, 6, 2, 2, heads=4)
 
 
-def test_frozen_experts_are_saved_buffers():
+def test_frozen_experts_are_saved_parameters_without_a_gradient():
     bank = make("lora", frozen=True)
-    assert not list(bank.parameters())
-    assert set(bank.state_dict()) == {"A", "B"}
+    assert set(bank.state_dict()) == {"A", "B"} == {name for name, _ in bank.named_parameters()}
+    assert not any(value.requires_grad for value in bank.parameters())
+    assert not any(value.requires_grad for value in bank.requires_grad_(True).train().parameters())
 
 
 def flylora(k, rank, detach=False, absolute=False):

@@ -211,7 +211,7 @@ def test_sparsity_controller_follows_its_formula_and_is_one_for_the_model():
     routing_step(pair)
     expected = torch.tensor(1e-4) * 1.2**direction
     for router in pair:
-        assert_close("lambda", router.stepper.strength, expected)
+        assert_close("lambda", router.stepper.strength[0], expected)
         assert_close("coefficient", router.coefficient("relu_l1"), expected)
 
 
