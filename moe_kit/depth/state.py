@@ -9,13 +9,14 @@ Shapes: B rows, U units (columns: layers, or attention and MLP of each layer in 
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, SKIP, LayerRoutingConfig
-from moe_kit.depth.losses import LOSSES, Trace
+from moe_kit.depth.losses import LOSSES, Trace, how_to_teach, learns_from_model_loss
 from moe_kit.depth.registered import Quiet, hand_over
 from moe_kit.depth.route import Route, check_record, refuse_others, repeat_rows
 from moe_kit.depth.windows import Windows
@@ -64,7 +65,7 @@ class DepthState:
         self.forced: Tensor | None = None
         self.in_generate = False
         self.prompt_width: int | None = None
-        self.warned_chunks = False
+        self.warned_chunks = self.warned_untaught = False
         self._forget()
 
     def _forget(self) -> None:
@@ -98,7 +99,8 @@ class DepthState:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.forced, self.in_generate, self.prompt_width, self.warned_chunks = None, False, None, False
+        self.forced, self.in_generate, self.prompt_width = None, False, None
+        self.warned_chunks = self.warned_untaught = False
         self._forget()
 
     def num_columns(self, adapter: str) -> int:
@@ -228,6 +230,29 @@ class DepthState:
             self._register(*self._used)
         if self.traces and torch.is_grad_enabled():
             hand_over(self.routing.context, self.losses())
+            self._look_for_a_teacher(self.configs[self.active()])
+
+    def _look_for_a_teacher(self, config: LayerRoutingConfig) -> None:
+        """Refuse to train layer routers in vain; where other parameters learn beside them, say it once."""
+        if learns_from_model_loss(config):
+            if config.router == "capacity" and not config.losses.get("capacity"):
+                self._warn_untaught(
+                    "the causal predictor of the layer routers has no loss: give losses={'capacity': 0.01}"
+                )
+            return
+        which = "" if config.preset is None else f" of preset {config.preset!r}"
+        what = f"the layer routers{which} {how_to_teach(config)}"
+        assert self.under_way is not None
+        others = (n for n, p in self.under_way.named_parameters() if p.requires_grad and "moe_depth_" not in n)
+        if not self.warned_untaught and next(others, None) is None:
+            self.routing.untaught = f"{what}."
+        else:
+            self._warn_untaught(what)
+
+    def _warn_untaught(self, what: str) -> None:
+        if not self.warned_untaught:
+            self.warned_untaught = True
+            warnings.warn(f"moe_kit: {what}.", stacklevel=2)
 
     def _register(self, adapter: str, route: Route, device: torch.device) -> None:
         """Show the route of a request, with one copy to the device for all units."""
@@ -250,6 +275,7 @@ class DepthState:
     def close(self) -> None:
         """End the forward pass; a cache is not kept alive by it."""
         self._cache, self._used, self.under_way = None, None, None
+        self.routing.untaught = None
         # recomputation for a backward pass asks the units
         self.executing = self.skipping = frozenset()
 

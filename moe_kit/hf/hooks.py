@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from moe_kit.hf.batch import IGNORED_LABEL, encoder_context, main_context, shifts_labels
 from moe_kit.hf.checks import check_rows
 from moe_kit.hf.delivery import check_policy, check_reentrant, deliver, strip_request, withdraw, zero_of_policy
+from moe_kit.hf.gradient_checks import Watch
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.joined import all_mean
 from moe_kit.routing.state import ATTRIBUTE, ModelRouting
@@ -44,11 +45,9 @@ class HookedRouting(ModelRouting):
         encoder_context: the encoder's side of the pass of an encoder-decoder model, else None.
         part: the part of the model that is run on its own, if any.
         carries: a router's decisions outlive the forward pass and ride on the cache.
-        wants_aux_loss: the caller of the present pass asked for `outputs.aux_loss`.
-        collects: auxiliary losses that no model loss can take are kept for the trainer.
-        collected: what was kept.
-        warned_no_loss: the user was told that auxiliary losses got lost.
-        watches_policy: an optimizer's next step is checked for a gradient of sampled routers.
+        wants_aux_loss: the caller of the present pass logs `outputs.aux_loss`.
+        watch: what an optimizer's next step is checked for.
+        untaught: why a backward pass through the outputs of the present pass is refused, else None.
         opened_eagerly: the present pass was opened outside a compiled graph, so its call can be found on the stack.
     """
 
@@ -58,10 +57,8 @@ class HookedRouting(ModelRouting):
         self.part: nn.Module | None = None
         self.carries = False
         self.wants_aux_loss = False
-        self.collects = False
-        self.collected: Tensor | None = None
-        self.warned_no_loss = False
-        self.watches_policy = False
+        self.watch = Watch()
+        self.untaught: str | None = None
         self.opened_eagerly = False
 
     def __deepcopy__(self, memo: dict) -> HookedRouting:
@@ -219,13 +216,15 @@ def _abandoned(state: HookedRouting, module: nn.Module) -> bool:
     return True
 
 
-def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
     if state.part is module:
         state.part = None
         _end(state)
         if module.training and torch.is_grad_enabled() and output is not None:
-            deliver(state, module, None, {}, output)
+            check_reentrant(state)
+            return deliver(state, module, state.total_loss(), None, output)
+    return None
 
 
 def _end(state: HookedRouting) -> None:
@@ -247,20 +246,27 @@ def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) 
         check_reentrant(state)
         if loss is not None:
             check_policy(state)
-    if not learning or loss is None or arguments.get("fused_lm_head"):
-        deliver(state, module, loss, arguments, output)
-        return None
-    auxiliary = state.total_loss()
-    total = loss
-    if auxiliary is not None:
-        total = total + loss_share(module, arguments) * auxiliary.to(loss.device)
-    if state.context.policy_gradient and torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = total + zero_of_policy(state)
-    if total is loss:
-        return None
+    auxiliary = state.total_loss() if learning else None
+    if loss is not None:
+        total = loss
+        if auxiliary is not None:
+            total = total + loss_share(module, arguments) * auxiliary.to(loss.device)
+        if (
+            learning
+            and state.context.policy_gradient
+            and torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        ):
+            total = total + zero_of_policy(state)
+        if total is not loss:
+            output = _with_loss(output, total)
+    return deliver(state, module, auxiliary, loss, output, bool(arguments.get("fused_lm_head")))
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
     if isinstance(output, tuple):
-        return (total, *output[1:])
-    output.loss = total
+        return (loss, *output[1:])
+    output.loss = loss
     return output
 
 
