@@ -279,7 +279,7 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
         ctx.save_for_backward(*others)
-        return value.view_as(value)
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -290,4 +290,7 @@ def _tied(state: HookedRouting, output: Any) -> Any:
     """Let the outputs depend on the routers' scores, where data parallelism looks for unused parameters."""
     scores = [routing.logits_NE for _, routing, router in state.context.registered if router.losses]
     scores = [score for score in scores if score is not None and score.requires_grad]
-    return change_tensors(output, lambda value: _Tie.apply(value, *scores)) if scores else output
+    one = next(iter(tensors_of(output)), None)
+    if not scores or one is None:
+        return output
+    return change_tensors(output, lambda value: _Tie.apply(value, *scores) if value is one else value)

@@ -201,7 +201,8 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, message: str, value: Tensor) -> Tensor:
         ctx.message = message
-        return value.view_as(value)
+        # trainers multiply a loss in place, which a view of our own forbids
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
