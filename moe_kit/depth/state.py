@@ -55,6 +55,7 @@ class DepthState:
         blind: a unit whose trainable router decided without a graph in the present training pass, else None.
         decisions: column -> what the tokens of the present pass do there (token scope).
         decided_now: whether a unit decided in the present pass.
+        scores: the present pass reads whole sequences, without a cache, and is no part of `generate`.
         under_way: the module whose forward pass is under way.
     """
 
@@ -76,7 +77,7 @@ class DepthState:
         self.traces: list[Trace] = []
         self.decisions: dict[int, TokenDecision] = {}
         self.row_keys_B: Tensor | None = None
-        self.foreign = self.router_logits = False
+        self.foreign = self.router_logits = self.scores = False
         self.blind: DepthUnit | None = None
         self.under_way: nn.Module | None = None
         self._cache: Any = None
@@ -150,6 +151,7 @@ class DepthState:
         self.traces, self.decisions, self._pooling, self._cache = [], {}, {}, None
         self._used, self.decided_now, self.blind = None, False, None
         self.executing = self.skipping = frozenset()
+        self.scores = not self.in_generate and arguments.get("past_key_values") is None
         if not (self.in_generate and self.carrier.sites):
             self.carrier = CarriedDecisions()
             self.row_keys_B = None
