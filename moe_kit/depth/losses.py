@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_kit.depth.config import LayerRoutingConfig
+
 
 @dataclass
 class Trace:
@@ -116,6 +118,37 @@ LOSSES = {
     "square": square,
     "capacity": capacity,
 }
+
+
+def learns_from_model_loss(config: LayerRoutingConfig) -> bool:
+    """Whether the model's loss, with the routing losses in it, has a gradient for the routers.
+
+    Args:
+        config: configuration of layer routers that are learned.
+    """
+    if any(config.losses.values()):
+        return True
+    if config.scope == "sequence":
+        return config.train_mode == "soft"
+    return config.train_mode == "gumbel" or config.branch_scale != "none"
+
+
+def how_to_teach(config: LayerRoutingConfig) -> str:
+    """What layer routers need that learn nothing from the model's loss.
+
+    Args:
+        config: their configuration.
+    """
+    if config.train_mode == "sample":
+        return (
+            "sample their routes and learn from rewards only: train them with moe_kit.depth.fit.fit_policy, then freeze "
+            "them (requires_grad_(False)) to train something else"
+        )
+    return (
+        "decide hard, so the loss of this training loop has no gradient for them: train them on searched routes "
+        "(`moe-kit search-layers`, then moe_kit.depth.fit.fit_supervised) and freeze them (requires_grad_(False)) to "
+        "train something else; or take a preset that learns from the model's loss ('first', 'informed', 'flexi', 'mod')"
+    )
 
 
 def class_weights(counts_A: Tensor, beta: float = 0.999) -> Tensor:

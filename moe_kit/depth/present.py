@@ -35,6 +35,7 @@ class DepthPass:
         router_logits: the caller asked a mixture-of-experts base for its routers' logits.
         blind: a unit whose trainable router decided without a graph in training, else None.
         decided_now: whether a unit decided in this pass.
+        scores: the pass reads whole sequences, without a cache, and is no part of `generate`.
         under_way: the module whose forward is under way; None once it has ended.
         cache: the cache that the carrier lies on, while the pass is under way.
         pooling: (windows, rows, columns, device) -> tokens that a decision may read, and their windows.
@@ -51,6 +52,7 @@ class DepthPass:
     router_logits: bool = False
     blind: DepthUnit | None = None
     decided_now: bool = False
+    scores: bool = False
     under_way: nn.Module | None = None
     cache: Any = None
     pooling: dict[tuple, Any] = field(default_factory=dict)

@@ -9,13 +9,14 @@ Shapes: B rows, U units (columns: layers, or attention and MLP of each layer in 
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_kit.depth.config import APPROXIMATE, EXECUTE, SKIP, LayerRoutingConfig
-from moe_kit.depth.losses import LOSSES
+from moe_kit.depth.losses import LOSSES, how_to_teach, learns_from_model_loss
 from moe_kit.depth.present import DepthPass
 from moe_kit.depth.registered import Quiet, hand_over
 from moe_kit.depth.route import Route, check_record, refuse_others, repeat_rows
@@ -28,7 +29,6 @@ from moe_kit.routing.decision import Routing
 from moe_kit.routing.scope import check_sequences
 
 if TYPE_CHECKING:
-    from moe_kit.depth.tokens import TokenDecision
     from moe_kit.depth.unit import DepthUnit
 
 ATTRIBUTE = "moe_depth_state"
@@ -54,7 +54,7 @@ class DepthState:
         self.units: dict[str, dict[int, DepthUnit]] = {}
         self.configs: dict[str, LayerRoutingConfig] = {}
         self.forced: Tensor | None = None
-        self.warned_chunks = False
+        self.warned_chunks = self.warned_untaught = False
         self._forced_columns: tuple[Any, list[list[int]]] = (None, [])
         self._checked: Any = None
 
@@ -79,7 +79,8 @@ class DepthState:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.forced, self.warned_chunks = None, False
+        self.forced = None
+        self.warned_chunks = self.warned_untaught = False
         self._forced_columns, self._checked = (None, []), None
 
     def num_columns(self, adapter: str) -> int:
@@ -127,6 +128,7 @@ class DepthState:
         """
         present = self.routing.current.notes[ATTRIBUTE] = DepthPass(under_way=module)
         generation = self.routing.generation
+        present.scores = generation is None and arguments.get("past_key_values") is None
         if generation is not None:
             # without a cache the decisions hold for the call of `generate`
             before = generation.notes.get(ATTRIBUTE)
@@ -202,6 +204,30 @@ class DepthState:
             self._register(*present.used)
         if present.traces and torch.is_grad_enabled():
             hand_over(self.routing.context, self.losses())
+            self._look_for_a_teacher(self.configs[self.active()])
+
+    def _look_for_a_teacher(self, config: LayerRoutingConfig) -> None:
+        """Refuse to train layer routers in vain; where other parameters learn beside them, say it once."""
+        if learns_from_model_loss(config):
+            if config.router == "capacity" and not config.losses.get("capacity"):
+                self._warn_untaught(
+                    "the causal predictor of the layer routers has no loss: give losses={'capacity': 0.01}"
+                )
+            return
+        which = "" if config.preset is None else f" of preset {config.preset!r}"
+        what = f"the layer routers{which} {how_to_teach(config)}"
+        under_way = self.present.under_way
+        assert under_way is not None
+        others = (n for n, p in under_way.named_parameters() if p.requires_grad and "moe_depth_" not in n)
+        if not self.warned_untaught and next(others, None) is None:
+            self.routing.untaught = f"{what}."
+        else:
+            self._warn_untaught(what)
+
+    def _warn_untaught(self, what: str) -> None:
+        if not self.warned_untaught:
+            self.warned_untaught = True
+            warnings.warn(f"moe_kit: {what}.", stacklevel=2)
 
     def _register(self, adapter: str, route: Route, device: torch.device) -> None:
         """Show the route of a request, with one copy to the device for all units."""
@@ -225,6 +251,7 @@ class DepthState:
         """End the forward pass; a cache is not kept alive by it."""
         present = self.present
         present.cache = present.used = present.under_way = None
+        self.routing.untaught = None
         # recomputation for a backward pass asks the units
         present.executing = present.skipping = frozenset()
 

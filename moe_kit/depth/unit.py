@@ -168,7 +168,10 @@ class DepthUnit(nn.Module, FrozenStateLayer):
         return run_rows(call, x_BSD, plan, state.present.carrier, self.forecaster(adapter))
 
     def learning(self, adapter: str) -> bool:
-        """Whether the router is being trained: else its decisions are hard, also while other adapters learn."""
+        """Whether the router acts as in training: else its decisions are hard, also while other adapters learn.
+
+        A pass without gradients acts so too if it scores whole sequences: a reference policy is the same function.
+        """
         if not self.training:
             return False
         router = self.moe_depth_router[adapter] if adapter in self.moe_depth_router else None  # noqa: SIM401
@@ -176,7 +179,7 @@ class DepthUnit(nn.Module, FrozenStateLayer):
         if trainable and not torch.is_grad_enabled():
             # harmless in a pass without gradients, else the state refuses it
             self.state.present.blind = self
-            return False
+            return self.state.present.scores
         return trainable
 
     def _refuse_router_logits(self) -> None:

@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_kit.errors import RoutingError
 from moe_kit.hf.batch import IGNORED_LABEL, main_context, memory_context, part_context, shifts_labels
 from moe_kit.hf.checks import check_rows
 from moe_kit.hf.delivery import check_policy, check_reentrant, deliver, strip_request, withdraw, zero_of_policy
-from moe_kit.errors import RoutingError
 from moe_kit.hf.generation import Generation, joins_requests, stop_noting
+from moe_kit.hf.gradient_checks import Watch
 from moe_kit.hf.passes import (
     ROOT,
     TABLES,
@@ -68,11 +69,9 @@ class HookedRouting(ModelRouting):
         part: the part of the model that is run on its own, if any.
         generation: the call of `generate` under way, if any.
         carries: a router's decisions outlive the forward pass and ride on the cache.
-        wants_aux_loss: the caller of the present pass asked for `outputs.aux_loss`.
-        collects: auxiliary losses that no model loss can take are kept for the trainer.
-        collected: what was kept.
-        warned_no_loss: the user was told that auxiliary losses got lost.
-        watches_policy: an optimizer's next step is checked for a gradient of sampled routers.
+        wants_aux_loss: the caller of the present pass logs `outputs.aux_loss`.
+        watch: what an optimizer's next step is checked for.
+        untaught: why a backward pass through the outputs of the present pass is refused, else None.
         opened_eagerly: the present pass was opened outside a compiled graph, so its call can be found on the stack.
     """
 
@@ -84,10 +83,8 @@ class HookedRouting(ModelRouting):
         self.generation: Generation | None = None
         self.carries = False
         self.wants_aux_loss = False
-        self.collects = False
-        self.collected: Tensor | None = None
-        self.warned_no_loss = False
-        self.watches_policy = False
+        self.watch = Watch()
+        self.untaught: str | None = None
         self.opened_eagerly = False
 
     def __deepcopy__(self, memo: dict) -> HookedRouting:
@@ -158,18 +155,6 @@ class HookedRouting(ModelRouting):
     def is_running(self) -> bool:
         """Whether a pass is under way, and not only a part of one that is recomputed."""
         return self.current.context.is_open
-
-    def current_pass(self) -> Pass:
-        """The pass of the last forward."""
-        return self.current
-
-    def return_to(self, current: Pass) -> None:
-        """Make an earlier forward pass the last one again, for those who ask for its losses and decisions.
-
-        Args:
-            current: what `current_pass` gave after that forward.
-        """
-        self.current = current
 
     @contextmanager
     def showing(self, context: RoutingContext) -> Iterator[None]:
@@ -352,7 +337,7 @@ def _abandoned(state: HookedRouting, module: nn.Module) -> bool:
     return True
 
 
-def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     state: HookedRouting = module.__dict__[ATTRIBUTE]
     if state.part is not module:
         if state.current.context.is_open:
@@ -361,7 +346,9 @@ def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
         state.part = None
         _end(state, output)
         if module.training and torch.is_grad_enabled() and output is not None:
-            deliver(state, module, None, {}, output)
+            check_reentrant(state)
+            return deliver(state, module, state.total_loss(), None, output)
+    return None
 
 
 def _end(state: HookedRouting, output: Any) -> None:
@@ -386,20 +373,27 @@ def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) 
         check_reentrant(state)
         if loss is not None:
             check_policy(state)
-    if not learning or loss is None or arguments.get("fused_lm_head"):
-        deliver(state, module, loss, arguments, output)
-        return None
-    auxiliary = state.total_loss()
-    total = loss
-    if auxiliary is not None:
-        total = total + loss_share(module, arguments) * auxiliary.to(loss.device)
-    if state.context.policy_gradient and torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = total + zero_of_policy(state)
-    if total is loss:
-        return None
+    auxiliary = state.total_loss() if learning else None
+    if loss is not None:
+        total = loss
+        if auxiliary is not None:
+            total = total + loss_share(module, arguments) * auxiliary.to(loss.device)
+        if (
+            learning
+            and state.context.policy_gradient
+            and torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        ):
+            total = total + zero_of_policy(state)
+        if total is not loss:
+            output = _with_loss(output, total)
+    return deliver(state, module, auxiliary, loss, output, bool(arguments.get("fused_lm_head")))
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
     if isinstance(output, tuple):
-        return (total, *output[1:])
-    output.loss = total
+        return (loss, *output[1:])
+    output.loss = loss
     return output
 
 

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel, Trainer
 
 from moe_kit.errors import ConfigError
 from moe_kit.hf.batch import predicts_next_token
-from moe_kit.hf.delivery import collecting
-from moe_kit.hf.hooks import loss_share
 from moe_kit.routing.state import ModelRouting, find_routing_state, policy_gradient
 from moe_kit.training.checkpoints import atomic
 from moe_kit.training.prefix import shared_prefix
@@ -99,7 +97,6 @@ def param_groups(model: nn.Module, lr: float, router_lr: float | None = None, we
 class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
     """transformers' Trainer that also trains sampled routers.
 
-    Auxiliary losses are added where the loss is not the model's own as well (label smoothing, `compute_loss_func`).
     Checkpoints appear whole, by a rename; training stops at a loss that is not finite and names the step, the batch's
     `example_ids` (where the collator keeps that column) and the last good checkpoint.
 
@@ -154,11 +151,8 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
             return_outputs: also return the model's outputs.
             num_items_in_batch: label tokens of the optimizer step.
         """
-        if not (model.training and torch.is_grad_enabled()):
+        if not (model.training and torch.is_grad_enabled() and has_policy(model)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not has_policy(model):
-            loss, outputs = self._whole_loss(model, inputs, num_items_in_batch)
-            return (loss, outputs) if return_outputs else loss
         if self.compute_loss_func is not None or self.label_smoother is not None:
             raise ConfigError(
                 "a sampled router is charged with the model's own cross-entropy, so a compute_loss_func or label "
@@ -179,16 +173,14 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
                 "credit='to_go' needs a causal language model; use credit='sequence' with an encoder-decoder, a masked "
                 "language model or a classifier."
             )
-        self._check_recomputation(bare)
         with policy_gradient(bare) as state, self._prefix(bare):
-            loss, outputs = self._whole_loss(model, inputs, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
             if credit == "sequence" and state.context.sequence_BS is not None:
                 raise ConfigError(
                     "credit='sequence' needs one sequence a row, but documents are packed: train without packing, or "
                     "with credit='to_go'."
                 )
             samples = [sample_of(state, _losses(state, outputs, inputs, shifted), credit)]
-            first = state.current_pass()
             adapter_losses = [loss]
             for _ in range(self.policy.num_samples - 1):
                 with torch.set_grad_enabled(self.policy.adapter_gradient == "mean"):
@@ -196,41 +188,11 @@ class RoutedTrainer(atomic(Trainer)):  # type: ignore[misc]
                 samples.append(sample)
                 if self.policy.adapter_gradient == "mean":
                     adapter_losses.append(sample_loss * self._loss_factor(num_items_in_batch))
-        # gradient checkpointing recomputes the pass that has a graph, and must find the decisions of that one
-        state.return_to(first)
         items = label_items(inputs, num_items_in_batch, shifted)
         surrogate = policy_loss(samples, items, credit) * self._loss_factor(num_items_in_batch)
         self._note(samples, items, shifted and state.context.sequence_BS is None, shifted)
         loss = torch.stack(adapter_losses).mean() + surrogate - surrogate.detach()
         return (loss, outputs) if return_outputs else loss
-
-    def _check_recomputation(self, model: nn.Module) -> None:
-        """Refuse what recomputation cannot tell apart: decisions of several passes read by layers far from the router."""
-        sharing = {getattr(config, "router_sharing", None) for config in getattr(model, "peft_config", {}).values()}
-        if self.policy.adapter_gradient != "mean" or "model" not in sharing:
-            return
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            raise ConfigError(
-                "adapter_gradient='mean' recomputes several passes, and router_sharing='model' knows the decisions of one: "
-                "use adapter_gradient='one', another sharing, or no gradient checkpointing."
-            )
-
-    def _whole_loss(
-        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None
-    ) -> tuple[Tensor, Any]:
-        """The stock loss, with the auxiliary losses also where it is not the model's own."""
-        bare = self.accelerator.unwrap_model(model)
-        state = find_routing_state(bare)
-        own_loss = self.label_smoother is not None or self.compute_loss_func is not None
-        if state is None or not own_loss:
-            return super().compute_loss(model, dict(inputs), True, num_items)
-        with collecting(state):
-            loss, outputs = super().compute_loss(model, dict(inputs), True, num_items)
-        if state.collected is not None:
-            inner = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
-            share = loss_share(inner, {**inputs, "num_items_in_batch": num_items})
-            loss = loss + share * state.collected.to(loss.device) * self._loss_factor(num_items)
-        return loss, outputs
 
     def _prefix(self, model: nn.Module) -> Any:
         return shared_prefix(model) if self.policy.share_prefix else nullcontext()

@@ -1,4 +1,4 @@
-"""Auxiliary losses under other people's trainers: the same router gradient however a batch is split, or one warning.
+"""Auxiliary losses under other people's trainers: the same router gradient however a batch is split.
 
 The gradient is caught at the optimizer's step, so that everything a trainer does to a loss is in it.
 """
@@ -213,25 +213,9 @@ class TestOwnLoss:
     """Trainers that do not use the model's loss."""
 
     @pytest.mark.parametrize("kind", OWN_LOSS)
-    def test_stock_trainer_warns_once(self, tmp_path, kind):
-        overrides, options = OWN_LOSS[kind]
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            caught_gradients(
-                peft_model(SWITCH),
-                tmp_path,
-                options=options,
-                per_device_train_batch_size=2,
-                gradient_accumulation_steps=2,
-                **overrides,
-            )
-        ours = [str(entry.message) for entry in seen if "moe_kit" in str(entry.message)]
-        assert len(ours) == 1
-        assert "weighted_routing_loss" in ours[0]
-
-    @pytest.mark.parametrize("kind", OWN_LOSS)
+    @pytest.mark.parametrize("trainer_class", [Trainer, RoutedTrainer])
     @pytest.mark.parametrize(("size", "steps"), SPLITS)
-    def test_our_trainer_adds_them(self, tmp_path, kind, size, steps):
+    def test_they_are_added(self, tmp_path, kind, trainer_class, size, steps):
         overrides, options = OWN_LOSS[kind]
         overrides = {**overrides, "per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         data = [rows(1)[0]] * 4
@@ -239,7 +223,7 @@ class TestOwnLoss:
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", category=FutureWarning)
             found = auxiliary_part(
-                peft_model, tmp_path, data=data, trainer_class=RoutedTrainer, options=options, **overrides
+                peft_model, tmp_path, data=data, trainer_class=trainer_class, options=options, **overrides
             )
         wanted = expected_part(data)
         for key, value in found.items():
@@ -293,7 +277,7 @@ TRL = dict(
 
 
 class TestTRL:
-    """TRL computes its own losses; ours reach it as `outputs.aux_loss`."""
+    """TRL computes its own losses; ours are added to them, and logged as `aux_loss`."""
 
     def sft(self, folder, tokenizer, options, packed=False, **overrides):
         from trl import SFTConfig, SFTTrainer
@@ -352,10 +336,6 @@ class TestTRL:
         )
         trainer.train()
         assert trainer.state.log_history[0]["aux_loss"] >= 0.99
-
-    def test_sft_with_label_smoothing_warns(self, tmp_path, tokenizer):
-        with pytest.warns(UserWarning, match="moe_kit: the auxiliary routing losses did not reach"):
-            self.sft(tmp_path, tokenizer, SWITCH, per_device_train_batch_size=4, label_smoothing_factor=0.1)
 
     def test_sft_evaluates(self, tmp_path, tokenizer):
         from trl import SFTConfig, SFTTrainer

@@ -1,6 +1,4 @@
-"""Losses of layer routers reach whoever trains: the model's loss, a trainer's own loss, or a warning; or are refused."""
-
-import warnings
+"""Losses of layer routers reach whoever trains: the model's loss, or a trainer's own loss; or are refused."""
 
 import pytest
 import torch
@@ -65,23 +63,23 @@ def _items(preset, prices):
     return plain + 0.5 * sum(c * routing_losses(model)[name] for name, c in prices.items())
 
 
-def test_a_trainer_with_its_own_loss_is_told_and_can_add_them():
+def test_a_training_loop_with_its_own_loss_adds_them_or_is_told():
     model = trained("first", rate=10.0)
     batch = {name: value for name, value in labelled().items() if name != "labels"}
-    with pytest.warns(UserWarning, match="weighted_routing_loss"):
-        model(**batch)
-    weighed = weighted_routing_loss(model)
-    torch.testing.assert_close(weighed, 10.0 * routing_losses(model)["rate"])
-    weighed.backward()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    (model(**batch).logits.square().mean() + weighted_routing_loss(model)).backward()
+    torch.testing.assert_close(weighted_routing_loss(model), 10.0 * routing_losses(model)["rate"])
     grads = [p.grad for n, p in model.named_parameters() if "scorer.last.weight" in n]
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(**batch)
-        passed(model)
+    optimizer.step()
+    model(**batch).logits.square().mean().backward()
+    with pytest.raises(ConfigError, match="weighted_routing_loss"):
+        optimizer.step()
+    passed(model).loss.backward()
+    optimizer.step()
 
 
-def test_a_trainer_that_asks_as_for_a_mixture_of_experts_gets_them():
+def test_a_trainer_that_logs_as_for_a_mixture_of_experts_gets_them():
     model = trained("first", rate=10.0)
     assert model.get_base_model().config.output_router_logits is False
     with torch.no_grad():

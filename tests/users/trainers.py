@@ -1,0 +1,124 @@
+"""What the trainer tests share: a tokenizer, arguments, caught gradients, and the gradient of the auxiliary losses alone."""
+
+import torch
+import transformers
+from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from moe_kit.routing import weighted_routing_loss
+from tests.conformance.common import config, gradients, wake
+from tests.tiny import MOE_FAMILIES, tiny_llama
+
+# large, so that the part of the auxiliary loss is no small difference of two float32 gradients
+COEFFICIENT = 8.0
+QUIET = dict(report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, logging_steps=1)
+ONE_STEP = dict(QUIET, max_steps=1, max_grad_norm=0.0, lr_scheduler_type="constant", gradient_checkpointing=False)
+
+
+_GROUPED = dict(moe_intermediate_size=16, head_dim=8, n_group=1, topk_group=1)
+_ROUTED = dict(n_routed_experts=4, num_experts_per_tok=2)
+_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+# bases whose configuration can ask for router logits and names no coefficient: the linear to adapt, and their sizes
+NO_COEFFICIENT = {
+    "DeepseekV3": ("o_proj", MOE_FAMILIES["DeepseekV3"]),
+    "DeepseekV2": ("o_proj", dict(MOE_FAMILIES["DeepseekV3"], topk_method="greedy", n_group=1)),
+    "Glm4MoeLite": ("o_proj", MOE_FAMILIES["DeepseekV3"]),
+    "Glm4Moe": ("o_proj", dict(_ROUTED, **_GROUPED, first_k_dense_replace=1)),
+    "Dots1": ("o_proj", dict(_ROUTED, **_GROUPED, first_k_dense_replace=1, n_shared_experts=1)),
+    "SolarOpen": ("o_proj", dict(_ROUTED, **_GROUPED)),
+    "Lfm2Moe": ("out_proj", dict(_EXPERTS, num_dense_layers=1, layer_types=["conv", "full_attention"])),
+    "JetMoe": ("kv_proj", dict(num_local_experts=4, num_experts_per_tok=2, kv_channels=8)),
+    "Afmoe": ("o_proj", dict(_EXPERTS, num_dense_layers=1, head_dim=8)),
+    "ExaoneMoe": ("o_proj", dict(_EXPERTS, head_dim=8, first_k_dense_replace=1)),
+    "HunYuanMoEV1": ("o_proj", dict(num_experts=4, moe_topk=2, head_dim=8)),
+    "Cohere2Moe": ("o_proj", dict(num_experts=4, num_experts_per_tok=2, head_dim=8)),
+}
+
+
+def base_without_coefficient(family: str) -> PreTrainedModel:
+    """A random model of one of `NO_COEFFICIENT`."""
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **NO_COEFFICIENT[family][1]})
+    assert config.output_router_logits is False
+    assert not hasattr(config, "router_aux_loss_coef")
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)
+    return model
+
+
+def words_tokenizer(size: int = 61) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w2, w3, ..., one token each."""
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, size)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token=f"w{size - 1}"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token=f"w{size - 1}"
+    )
+
+
+def routed_model(base=None, preset="mixture_of_lora", **overrides):
+    """A wrapped base in training mode, awake; TRL looks for an adapter named default."""
+    base = tiny_llama() if base is None else base
+    torch.manual_seed(5)
+    model = get_peft_model(base, config(preset, **overrides))
+    wake(model)
+    return model.train()
+
+
+class Caught(torch.optim.SGD):
+    """Keeps the gradients of every step and moves nothing."""
+
+    def __init__(self, model):
+        self.model, self.caught = model, []
+        super().__init__([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+    def step(self, closure=None):
+        self.caught.append(gradients(self.model))
+
+
+def catch(train, build, losses, **options):
+    """Gradients of one step, the inputs of its training passes, and the trainer.
+
+    `train(model, optimizer, **options)` runs a trainer and returns it; `build(losses)` makes its model.
+    """
+    model, passes = build(losses), []
+
+    def note(module, args, kwargs):
+        if module.training and torch.is_grad_enabled():
+            passes.append({k: kwargs[k] for k in ("input_ids", "attention_mask", "position_ids") if k in kwargs})
+
+    model.get_base_model().register_forward_pre_hook(note, with_kwargs=True)
+    optimizer = Caught(model)
+    trainer = train(model, optimizer, **options)
+    (found,) = optimizer.caught
+    return found, passes, trainer
+
+
+def auxiliary_part(train, build, losses, without=None, **options):
+    """Gradient that the auxiliary losses alone give, and what it should be: by key, for every trained parameter.
+
+    Several passes of a step count as their mean.
+    """
+    found, passes, _ = catch(train, build, losses, **options)
+    bare, _, _ = catch(train, build, without or {}, **options)
+    part = {key: value - bare.get(key, torch.zeros_like(value)) for key, value in found.items()}
+    model = build(losses)
+    for inputs in passes:
+        model(**inputs)
+        (weighted_routing_loss(model) / len(passes)).backward()
+    wanted = gradients(model)
+    return part, {key: wanted.get(key, torch.zeros_like(value)) for key, value in part.items()}
+
+
+def assert_delivered(part, wanted, tolerance=2e-4):
+    """The two are equal, and not zero."""
+    scale = max(value.abs().max() for value in wanted.values())
+    assert scale > 1e-4, "the test's own loss has no gradient"
+    for key, value in wanted.items():
+        error = (part[key] - value).abs().max()
+        assert error <= tolerance * scale, f"{key}: off by {error:.1e}, largest gradient {scale:.1e}"
