@@ -130,10 +130,10 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):
         for name in names:
             weight_EOD = self.weight(name)
             E, O, D = weight_EOD.shape
-            rank = sizes_of(config, f"{self.path}.{name}", D, O).rank
+            sizes = sizes_of(config, f"{self.path}.{name}", D, O)
             # config.scale is about mixtures of ours, whose weights may carry a scale of their own
-            scale = config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
-            stacks[name] = ExpertLoRA(E, D, O, rank, scale=scale, dropout=config.dropout)
+            scale = sizes.alpha / (math.sqrt(sizes.rank) if config.use_rslora else sizes.rank)
+            stacks[name] = ExpertLoRA(E, D, O, sizes.rank, scale=scale, dropout=config.dropout)
             if not stacks[name].A.is_meta and not weight_EOD.is_meta:
                 stacks[name].to(weight_EOD.device)
         self.moe_adapter_bank[adapter_name] = stacks

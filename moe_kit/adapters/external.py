@@ -113,7 +113,8 @@ def read_adapters(config: RoutedAdapterConfig) -> list[ExternalLoRA]:
         raise ConfigError(f"from_adapters makes LoRA experts, but bank is {config.bank!r}: set bank='lora'.")
     found = [read_lora(folder) for folder in config.from_adapters]
     config.num_experts, config.r = len(found), max(lora.rank for lora in found)
-    config.scale, config.rank_pattern, config.expert_pattern, config.expert_layout = 1.0, {}, {}, None
+    config.scale, config.expert_layout = 1.0, None
+    config.rank_pattern, config.alpha_pattern, config.expert_pattern = {}, {}, {}
     config.bank_options = {"frozen": True, **config.bank_options}
     config.expert_names = [lora.name for lora in found]
     if config.target_modules is None:

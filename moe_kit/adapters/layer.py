@@ -58,6 +58,8 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         self.siblings: dict[str, list[RoutedLayer]] = {}
         self.reads_encoder = reads_encoder(path)
         self.width_in, self.width_out = linear_widths(self.get_base_layer())
+        # PEFT's names of the same, which tools read on every tuner layer
+        self.in_features, self.out_features = self.width_in, self.width_out
 
     def update_layer(
         self, adapter_name: str, config: RoutedAdapterConfig, owner: RoutedLayer | None, inference_mode: bool = False
