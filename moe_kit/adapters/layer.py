@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_kit.adapters.config import RoutedAdapterConfig
+from moe_kit.adapters.mixed_batch import RowAdapters, context_of_rows
 from moe_kit.adapters.parts import build_bank, build_router, sizes_of
 from moe_kit.adapters.step import DecodeStep
 from moe_kit.errors import RoutingError
@@ -214,11 +215,14 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         Args:
             x: float [..., D].
             *args: passed to the base layer.
-            **kwargs: passed to the base layer.
+            **kwargs: passed to the base layer, but for `adapter_names`, the adapter of each row.
 
         Returns:
             float [..., O] in the base output's dtype.
         """
+        rows = kwargs.pop("adapter_names", None) if kwargs else None
+        if rows is not None:
+            return self._by_rows(rows, x, *args, **kwargs)
         # plain attributes: a module's own lookup is slow enough to be seen at one token
         active = self._active_adapter
         active = [name for name in ([active] if isinstance(active, str) else active) if name in self.sites]
@@ -244,6 +248,31 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
             if routing.base_weight_T is not None:
                 out_TO = out_TO * routing.base_weight_T[:, None].to(out_TO.dtype)
             out_TO = self.moe_adapter_bank[name](x_TD, routing, out_TO)
+        return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+
+    def _by_rows(self, rows: RowAdapters, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus, for each row, the mixture of its own adapter."""
+        base = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters:
+            return base
+        context = self._context(x)
+        x_BSD = self._rows(x, context)
+        if x_BSD.dim() < 3 or "experts" in self.path.split("."):
+            raise RoutingError(
+                f"adapter_names: {self.path} sees {list(x.shape)}, from which rows cannot be told. Leave it out of "
+                "target_modules, or use one adapter a batch."
+            )
+        x_TD, out_TO = x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1])
+        length = x_TD.shape[0] // max(1, x_BSD.shape[0])
+        for name, (own_B, tokens_U) in rows.groups(x_BSD.shape[0], length, x.device).items():
+            if name not in self.sites:
+                continue
+            routing = self.routing(name, x, context_of_rows(context, own_B, length)).for_tokens(tokens_U)
+            out_UO = out_TO[tokens_U]
+            if routing.base_weight_T is not None:
+                out_UO = out_UO * routing.base_weight_T[:, None].to(out_UO.dtype)
+            out_UO = self.moe_adapter_bank[name](x_TD[tokens_U], routing, out_UO)
+            out_TO = out_TO.index_copy(0, tokens_U, out_UO)
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
 
     def _step(self, step: DecodeStep, x: Tensor, context: RoutingContext) -> Tensor | None:

@@ -20,6 +20,7 @@ from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.config import ALL_LINEAR, RoutedAdapterConfig
 from moe_kit.adapters.external import fill_experts, read_adapters
 from moe_kit.adapters.layer import RoutedLayer
+from moe_kit.adapters.mixed_batch import rows_with_adapters
 from moe_kit.adapters.targets import (
     all_linears,
     check_patterns,
@@ -195,13 +196,10 @@ class RoutedAdapterModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT hands `adapter_names` to the tuner and would not notice that nobody reads them
-        if kwargs.get("adapter_names") is not None:
-            raise RoutingError(
-                "adapter_names (one adapter for each row) is not supported by routed adapters: use one adapter a batch, "
-                "or moe_kit.force_experts to choose experts by row."
-            )
-        yield
+        # around `forward` and `generate` of a PeftModel
+        names = kwargs.pop("adapter_names", None)
+        with nullcontext() if names is None else rows_with_adapters(self.model, self.tuner_layer_cls, names, kwargs):
+            yield
 
     def unload(self) -> nn.Module:
         """Take the adapters off and return the base model, hooks removed.
