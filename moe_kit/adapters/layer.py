@@ -386,7 +386,7 @@ def linear_widths(layer: nn.Module) -> tuple[int, int]:
     """Widths of a linear layer.
 
     Args:
-        layer: `nn.Linear`, transformers' `Conv1D`, or a quantised linear with `in_features` and `out_features`.
+        layer: `nn.Linear`, transformers' `Conv1D`, or a quantised linear that names its widths.
 
     Returns:
         (width in, width out).
@@ -396,9 +396,26 @@ def linear_widths(layer: nn.Module) -> tuple[int, int]:
     """
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return int(layer.in_features), int(layer.out_features)
-    raise RoutingError(f"cannot adapt a {type(layer).__name__}: routed adapters go on linear layers.")
+    kind = type(layer).__name__
+    for name_in, name_out in _WIDTHS if kind not in _NO_LINEARS else ():
+        width_in, width_out = getattr(layer, name_in, None), getattr(layer, name_out, None)
+        if isinstance(width_in, int) and isinstance(width_out, int):
+            return width_in, width_out
+    raise RoutingError(
+        f"cannot adapt a {kind}: routed adapters go on linear layers, which give one tensor W x + b"
+        f"{_NO_LINEARS.get(kind, '')}. Leave it out of target_modules."
+    )
+
+
+# GPTQ's layers of older packages have the second pair
+_WIDTHS = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+# layers of these names have widths, and do more than multiply
+_NO_LINEARS = {
+    "ColumnParallelLinear": " (Megatron's give a pair)",
+    "RowParallelLinear": " (Megatron's give a pair)",
+    "LayerNormLinear": " (TransformerEngine's normalises its input first)",
+    "LayerNormMLP": " (TransformerEngine's is a whole feed-forward block)",
+}
 
 
 def _reference(x: Tensor) -> Any:

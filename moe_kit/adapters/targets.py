@@ -22,8 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.config import RoutedAdapterConfig, layout_pattern
-from moe_kit.errors import ConfigError
-from moe_kit.hf.experts import stacked_weights
+from moe_kit.adapters.layer import linear_widths
+from moe_kit.errors import ConfigError, RoutingError
+from moe_kit.hf.experts import is_experts, stacked_weights
 from moe_kit.hf.fields import suggestion
 
 logger = logging.getLogger(__name__)
@@ -41,10 +42,13 @@ def is_linear(module: nn.Module) -> bool:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, (nn.Linear, Conv1D)):
         return True
-    has_widths = isinstance(getattr(base, "in_features", None), int) and isinstance(
-        getattr(base, "out_features", None), int
-    )
-    return has_widths and "linear" in type(base).__name__.lower()
+    if "linear" not in type(base).__name__.lower():
+        return False
+    try:
+        linear_widths(base)
+    except RoutingError:
+        return False
+    return True
 
 
 def all_linears(model: nn.Module, config: RoutedAdapterConfig) -> list[str]:
@@ -114,6 +118,15 @@ def expert_parameters(model: nn.Module, config: RoutedAdapterConfig) -> list[str
                 "adapt them by one method."
             )
         names = sorted({".".join(path.rsplit(".", 2)[1:]) for path in known})
+        closed = (
+            sorted({type(module).__name__ for module in model.modules() if is_experts(module)}) if not known else []
+        )
+        if closed:
+            raise ConfigError(
+                f"target_parameters names {name!r}, but the stacks of {', '.join(closed)} cannot be adapted as they are: they "
+                "are quantised, or sharded tensors. Load the base unquantised and wrap it before it is distributed, or adapt "
+                "linears alone (target_modules)."
+            )
         hint = suggestion(name, names) if names else ""
         raise ConfigError(
             f"target_parameters names {name!r}, which is no stacked expert weight of this {type(model).__name__}."
