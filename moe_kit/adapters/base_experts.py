@@ -138,7 +138,8 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):
             stacks[name] = ExpertLoRA(E, D, O, sizes.rank, scale=scale, dropout=config.dropout)
             if not stacks[name].A.is_meta and not weight_EOD.is_meta:
                 stacks[name].to(weight_EOD.device)
-        self.moe_adapter_bank[adapter_name] = stacks
+        # one that joins a model in evaluation mode must not drop anything
+        self.moe_adapter_bank[adapter_name] = stacks.train(self.training)
         if config.freeze_experts:
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: ("moe_adapter_bank",)}
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

@@ -95,6 +95,9 @@ class RoutedLayer(nn.Module, BaseTunerLayer):
         frozen = ("moe_adapter_router",) * config.freeze_router + ("moe_adapter_bank",) * config.freeze_experts
         if frozen:
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
+        # an adapter that joins a model in evaluation mode must not sample or drop anything
+        for container in (self.moe_adapter_bank, self.moe_adapter_router):
+            container.train(self.training)
         self._to_base_device(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 

@@ -17,6 +17,7 @@ from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from moe_kit.adapters.base_experts import AdaptedExperts
+from moe_kit.adapters.combine import combined_config, fill_combined
 from moe_kit.adapters.config import ALL_LINEAR, RoutedAdapterConfig
 from moe_kit.adapters.external import fill_experts, read_adapters
 from moe_kit.adapters.layer import RoutedLayer
@@ -200,6 +201,35 @@ class RoutedAdapterModel(BaseTuner):
         names = kwargs.pop("adapter_names", None)
         with nullcontext() if names is None else rows_with_adapters(self.model, self.tuner_layer_cls, names, kwargs):
             yield
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add an adapter that is the weighted sum of others, where routed experts have one; see `combine`.
+
+        Args:
+            adapters: names of the adapters; their routers must be equal.
+            weights: one for each, negative ones subtract.
+            adapter_name: name of the new adapter, which stays inactive.
+            combination_type: "cat" puts the ranks of each expert side by side and is exact; "linear" adds the factors of
+                equal rank, as PEFT's does, and is rough.
+
+        Raises:
+            RoutingError: if the sum is no adapter, or a name does not fit.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters or adapter_name in self.peft_config:
+            taken = f" {adapter_name!r} exists already." if adapter_name in self.peft_config else ""
+            raise RoutingError(
+                f"got adapters {adapters} for a new {adapter_name!r}, expected names among {sorted(self.peft_config)} and a "
+                f"name that is free.{taken}"
+            )
+        configs = {name: self.peft_config[name] for name in adapters}
+        if len(configs) < len(adapters):
+            raise RoutingError(f"adapters {adapters} name one twice: give it once, with the sum of its weights.")
+        self.peft_config[adapter_name] = combined_config(self.model, configs, weights, combination_type)
+        self.inject_adapter(self.model, adapter_name)
+        fill_combined(self.model, adapters, weights, adapter_name, combination_type)
 
     def unload(self) -> nn.Module:
         """Take the adapters off and return the base model, hooks removed.

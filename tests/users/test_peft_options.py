@@ -277,6 +277,16 @@ def test_widths_of_a_wrapped_linear(method):
     assert found == {("up_proj", 16, 24), ("v_proj", 16, 8)}
 
 
+def test_an_adapter_that_joins_in_evaluation_mode_neither_samples_nor_drops():
+    model = wrapped(ours, target_modules=["q_proj"]).eval()
+    model.add_adapter("late", ours(preset="remix", target_modules=["q_proj"], dropout=0.5))
+    experts = get_peft_model(tiny_moe("Mixtral"), config(target_modules=None, target_parameters=["experts.down_proj"]))
+    experts.eval().add_adapter(
+        "late", config(target_modules=None, target_parameters=["experts.down_proj"], dropout=0.5)
+    )
+    assert not any(module.training for each in (model, experts) for module in each.modules())
+
+
 @pytest.mark.parametrize("name", REFUSED_OPTIONS)
 def test_refused_options_say_why(name):
     for make in (RoutedAdapterConfig, lambda **options: RoutedAdapterConfig.from_preset("mixture_of_lora", **options)):
