@@ -22,6 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("moe_kit.commands.inspect", "what is adapted: modules, parameters, FLOPs, routers and their sharing"),
     "presets": ("moe_kit.commands.presets", "the routed methods, one line and a source each"),
     "search-layers": ("moe_kit.commands.search_layers", "search routes through the layers: the labels of dr_llm"),
+    "run": (
+        "moe_kit.commands.run",
+        "`run -m MODULE ...`: another tool (lm_eval, say) in a process that knows our adapters",
+    ),
     "kernels": (
         "moe_kit.commands.kernels",
         "`kernels check`: compile every GPU kernel ahead of time; `kernels native`: compile the CPU's code",
@@ -36,6 +40,7 @@ examples
   moe-kit train my.yaml --adapter.settings.r 16       (moe-kit train my.yaml --help lists them)
   moe-kit train my.yaml --resume                      go on after an interruption
   moe-kit train depth/first                           a layer router (moe-kit train --help lists what is shipped)
+  moe-kit run -m lm_eval --model hf --model_args pretrained=BASE,peft=DIR --tasks arc_easy
   moe-kit generate outputs/quickstart --prompt "State the final answer to the following arithmetic problem: 3 + 4 ="
 """
 

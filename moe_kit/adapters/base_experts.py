@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from moe_kit.adapters.config import RoutedAdapterConfig
+from moe_kit.adapters.mixed_batch import RowAdapters
 from moe_kit.adapters.parts import sizes_of
 from moe_kit.errors import RoutingError
 from moe_kit.hf.experts import call_with, is_plain_call, run_experts, weight_of
@@ -130,13 +132,14 @@ class AdaptedExperts(nn.Module, FrozenStateLayer):
         for name in names:
             weight_EOD = self.weight(name)
             E, O, D = weight_EOD.shape
-            rank = sizes_of(config, f"{self.path}.{name}", D, O).rank
+            sizes = sizes_of(config, f"{self.path}.{name}", D, O)
             # config.scale is about mixtures of ours, whose weights may carry a scale of their own
-            scale = config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
-            stacks[name] = ExpertLoRA(E, D, O, rank, scale=scale, dropout=config.dropout)
+            scale = sizes.alpha / (math.sqrt(sizes.rank) if config.use_rslora else sizes.rank)
+            stacks[name] = ExpertLoRA(E, D, O, sizes.rank, scale=scale, dropout=config.dropout)
             if not stacks[name].A.is_meta and not weight_EOD.is_meta:
                 stacks[name].to(weight_EOD.device)
-        self.moe_adapter_bank[adapter_name] = stacks
+        # one that joins a model in evaluation mode must not drop anything
+        self.moe_adapter_bank[adapter_name] = stacks.train(self.training)
         if config.freeze_experts:
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: ("moe_adapter_bank",)}
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -159,41 +162,83 @@ class AdaptedExperts(nn.Module, FrozenStateLayer):
         """
         return weight_of(self.get_base_layer(), name)
 
-    def adapters_of(self, name: str) -> list[ExpertLoRA]:
-        """Active adapters of one stack.
+    def adapters_of(self, name: str, adapters: Sequence[str] | None = None) -> list[ExpertLoRA]:
+        """Adapters of one stack.
 
         Args:
             name: name of the stack.
+            adapters: which; None = the active ones.
         """
-        banks = [self.moe_adapter_bank[a] for a in self.active_adapters if a in self.moe_adapter_bank]
+        wanted = self.active_adapters if adapters is None else adapters
+        banks = [self.moe_adapter_bank[a] for a in wanted if a in self.moe_adapter_bank]
         return [bank[name] for bank in banks if name in bank]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapter_names: RowAdapters | None = None,
+    ) -> Tensor:
         """Run the experts that the base's router chose, each with its LoRA.
 
         Args:
             hidden_states: float [T, D].
             top_k_index: int [T, K]; ids of E or more are empty slots.
             top_k_weights: float [T, K].
+            adapter_names: adapter of each row; None = the active ones for all.
 
         Returns:
             float [T, D] of the input's dtype.
+
+        Raises:
+            RoutingError: if rows have adapters while adapters are merged.
         """
         if self._disable_adapters and self.merged:
             # as PEFT's LoRA does: without its adapters the layer is the base
             self.unmerge()
-        if self._disable_adapters or self.merged or not any(a in self.moe_adapter_bank for a in self.active_adapters):
-            return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        return call_with(self.base_layer, self._run, hidden_states, top_k_index, top_k_weights)
+        if adapter_names is None or self._disable_adapters:
+            return self._adapted(self.active_adapters, hidden_states, top_k_index, top_k_weights)
+        if self.merged:
+            raise RoutingError(
+                f"adapter_names: {', '.join(self.merged_adapters)} is merged into {self.path}, so every row has it: call "
+                "unmerge_adapter() first."
+            )
+        tokens = hidden_states.shape[0]
+        groups = adapter_names.groups(*adapter_names.rows_of(tokens), hidden_states.device)
+        out_TD = self.base_layer(hidden_states, top_k_index, top_k_weights)
+        for adapter, (_, tokens_U) in groups.items():
+            if adapter in self.moe_adapter_bank:
+                own = (value[tokens_U] for value in (hidden_states, top_k_index, top_k_weights))
+                out_TD = out_TD.index_copy(0, tokens_U, self._adapted([adapter], *own))
+        return out_TD
 
-    def _run(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self._product)
+    def _adapted(self, adapters: Sequence[str], *inputs: Tensor) -> Tensor:
+        """The experts under some adapters."""
+        if self._disable_adapters or self.merged or not any(name in self.moe_adapter_bank for name in adapters):
+            return self.base_layer(*inputs)
+        return call_with(self.base_layer, partial(self._run, adapters), *inputs)
 
-    def _product(self, name: str, x: Tensor, plan: RoutePlan, *, gather: bool = False, scatter: bool = False) -> Tensor:
+    def _run(
+        self, adapters: Sequence[str], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        product = partial(self._product, adapters)
+        return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, product)
+
+    def _product(
+        self,
+        names: Sequence[str] | None,
+        name: str,
+        x: Tensor,
+        plan: RoutePlan,
+        *,
+        gather: bool = False,
+        scatter: bool = False,
+    ) -> Tensor:
         """Rows times their expert's matrix, LoRA and bias included."""
         from moe_kit_kernels import grouped_mm, lora_grouped
 
-        weight_EOD, adapters = self.weight(name), self.adapters_of(name)
+        weight_EOD, adapters = self.weight(name), self.adapters_of(name, names)
         bias_EO = getattr(self.base_layer, f"{name}_bias") if self.base_layer.has_bias else None
         order = {"gather": gather, "scatter": scatter}
         only = adapters[0] if len(adapters) == 1 and bias_EO is None else None

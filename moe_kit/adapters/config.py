@@ -8,19 +8,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from torch import nn
 
+from moe_kit.adapters.refused import REFUSED_OPTIONS
 from moe_kit.errors import ConfigError
 from moe_kit.hf.adapter_files import check_adapter_folder
-from moe_kit.hf.fields import names_unknown_fields, suggestion
+from moe_kit.hf.fields import names_unknown_fields, reason
 from moe_kit.hf.model_card import complete_card
 from moe_kit.hf.registration import add_peft_type
 from moe_kit.hf.sharing import SHARING
 
 PEFT_TYPE = add_peft_type("MOE_ADAPTER")
+ALL_LINEAR = "all-linear"
 
 
 @names_unknown_fields
@@ -31,6 +33,8 @@ class RoutedAdapterConfig(PeftConfig):
     Start from a preset: `RoutedAdapterConfig.from_preset("mixture_of_lora", num_experts=8, top_k=2, r=8)`.
     Every method is a bank of experts with a router of four parts: scope, score, select and weight.
     """
+
+    refused_fields: ClassVar[dict[str, str]] = REFUSED_OPTIONS
 
     preset: str | None = field(default=None, metadata={"help": "Name of the preset these values came from."})
     target_modules: list[str] | str | None = field(
@@ -50,8 +54,23 @@ class RoutedAdapterConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
     )
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Build a deeper model from ranges of its layers before adapting it: [[0, 4], [2, 5]] runs layers 0 1 2 3 "
+            "2 3 4, which share their weights and have adapters of their own."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train in full and save with the adapter."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Rows of the embedding to train and save, or {'module': rows}; tied weights follow."},
+    )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={"help": "Keep tied weights tied where modules_to_save or trainable_token_indices copy one of them."},
     )
     num_experts: int = field(default=8, metadata={"help": "Experts at each adapted linear, 1 or more."})
     top_k: int = field(default=2, metadata={"help": "Active experts a decision, 1 to num_experts."})
@@ -122,7 +141,10 @@ class RoutedAdapterConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "r for modules whose path is, or ends in, a match of a regular expression."},
     )
-
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "lora_alpha for modules whose path is, or ends in, a match of a regular expression."},
+    )
     expert_layout: list[int] | None = field(
         default=None,
         metadata={"help": "num_experts by depth: the layers fall into as many equal parts as there are entries."},
@@ -146,6 +168,9 @@ class RoutedAdapterConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value))
+        if self.ensure_weight_tying:
+            # PEFT's notes on what it ties; not part of the configuration
+            self.modules_to_tie = None
         self.validate()
 
     def validate(self) -> None:
@@ -160,14 +185,11 @@ class RoutedAdapterConfig(PeftConfig):
                 raise ConfigError(f"{name} is {value!r}, expected a whole number of at least 1.")
         for name, patterns in (("num_experts", self.expert_pattern), ("r", self.rank_pattern)):
             for pattern, value in patterns.items():
-                try:
-                    re.compile(f"({pattern})")
-                except re.error as error:
-                    raise ConfigError(
-                        f"the pattern {pattern!r} of {name} is no regular expression: {error}."
-                    ) from error
+                _check_pattern(pattern, name)
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                     raise ConfigError(f"{name} for {pattern!r} is {value!r}, expected a whole number of at least 1.")
+        self._validate_alpha()
+        self._validate_layers()
         if self.expert_layout is not None and (
             not self.expert_layout or any(not isinstance(n, int) or n < 1 for n in self.expert_layout)
         ):
@@ -221,6 +243,35 @@ class RoutedAdapterConfig(PeftConfig):
             )
         if self.scope == "task" and not self.num_tasks:
             raise ConfigError("scope is 'task' but num_tasks is not set: give the number of tasks, 1 or more.")
+
+    def _validate_alpha(self) -> None:
+        for pattern, value in self.alpha_pattern.items():
+            _check_pattern(pattern, "lora_alpha")
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ConfigError(f"lora_alpha for {pattern!r} is {value!r}, expected a number.")
+        if self.alpha_pattern and self.scale is not None and (self.target_modules or not self.target_parameters):
+            raise ConfigError(
+                f"alpha_pattern sets lora_alpha by module, but scale is {self.scale}, which wins over every lora_alpha: leave "
+                "scale unset (scale=None), or leave alpha_pattern empty."
+            )
+
+    def _validate_layers(self) -> None:
+        is_expression = isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR
+        for name in ("layers_to_transform", "layers_pattern"):
+            if is_expression and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, but target_modules {self.target_modules!r} is a regular expression, "
+                    "which names the layers itself: write them into it, or give target_modules as a list of names."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"layers_pattern is {self.layers_pattern!r} but layers_to_transform is not set: say which layers, or leave both."
+            )
+        for pair in self.layer_replication or ():
+            if len(pair) != 2 or not all(isinstance(index, int) for index in pair) or not 0 <= pair[0] < pair[1]:
+                raise ConfigError(
+                    f"layer_replication has {pair!r}, expected pairs [first, last + 1] of layer indices such as [0, 4]."
+                )
 
     def check_model(self, model: nn.Module) -> None:
         """Fit this configuration to a model, before anything is changed in it.
@@ -291,7 +342,7 @@ class RoutedAdapterConfig(PeftConfig):
         known = {f.name for f in fields(cls)}
         for key in overrides:
             if key not in known:
-                raise ConfigError(f"RoutedAdapterConfig has no field {key!r}.{suggestion(key, known)}")
+                raise ConfigError(f"RoutedAdapterConfig has no field {key!r}{reason(cls, key, known)}")
         preset = get_preset(name)
         return cls(**{**preset.values(overrides), **overrides, "preset": name})
 
@@ -320,6 +371,13 @@ class RoutedAdapterConfig(PeftConfig):
         from moe_kit.adapters.presets import PRESETS
 
         return tuple(PRESETS)
+
+
+def _check_pattern(pattern: str, name: str) -> None:
+    try:
+        re.compile(f"({pattern})")
+    except re.error as error:
+        raise ConfigError(f"the pattern {pattern!r} of {name} is no regular expression: {error}.") from error
 
 
 def is_causal(model: nn.Module) -> bool:

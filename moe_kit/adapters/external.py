@@ -24,7 +24,9 @@ from moe_kit.errors import CheckpointError, ConfigError
 from moe_kit.experts.lora import LoRABank
 
 _PREFIX = "base_model.model."
-_REFUSED = ("use_dora", "lora_bias", "alora_invocation_tokens", "use_bdlora")
+_REFUSED = ("use_dora", "lora_bias", "alora_invocation_tokens", "use_bdlora", "kasa_config", "use_qalora")
+# starts that take from the base what they put into A and B
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,13 @@ def read_lora(folder: str | Path) -> ExternalLoRA:
     refused = [name for name in _REFUSED if config.get(name)]
     if refused:
         raise CheckpointError(f"{folder} uses {', '.join(refused)}, which is no plain sum of B A x: retrain without.")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"{folder} was started by init_lora_weights={start!r}, which changed the base's weights, so on the base itself it "
+            "would add the wrong thing. Save it as a plain LoRA: PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)."
+        )
     factors = {}
     for key, A in tensors.items():
         if not key.endswith(".lora_A.weight"):
@@ -113,7 +122,8 @@ def read_adapters(config: RoutedAdapterConfig) -> list[ExternalLoRA]:
         raise ConfigError(f"from_adapters makes LoRA experts, but bank is {config.bank!r}: set bank='lora'.")
     found = [read_lora(folder) for folder in config.from_adapters]
     config.num_experts, config.r = len(found), max(lora.rank for lora in found)
-    config.scale, config.rank_pattern, config.expert_pattern, config.expert_layout = 1.0, {}, {}, None
+    config.scale, config.expert_layout = 1.0, None
+    config.rank_pattern, config.alpha_pattern, config.expert_pattern = {}, {}, {}
     config.bank_options = {"frozen": True, **config.bank_options}
     config.expert_names = [lora.name for lora in found]
     if config.target_modules is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_kit.adapters.config import RoutedAdapterConfig
+from moe_kit.adapters.mixed_batch import RowAdapters, context_of_rows
 from moe_kit.adapters.parts import build_bank, build_router, sizes_of
 from moe_kit.adapters.step import DecodeStep
 from moe_kit.errors import RoutingError
@@ -56,6 +57,8 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         self.siblings: dict[str, list[RoutedLayer]] = {}
         self.place = state.structure.place(path, reads_encoder(path))
         self.width_in, self.width_out = linear_widths(self.get_base_layer())
+        # PEFT's names of the same, which tools read on every tuner layer
+        self.in_features, self.out_features = self.width_in, self.width_out
 
     def update_layer(
         self, adapter_name: str, config: RoutedAdapterConfig, owner: RoutedLayer | None, inference_mode: bool = False
@@ -91,6 +94,9 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         frozen = ("moe_adapter_router",) * config.freeze_router + ("moe_adapter_bank",) * config.freeze_experts
         if frozen:
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
+        # an adapter that joins a model in evaluation mode must not sample or drop anything
+        for container in (self.moe_adapter_bank, self.moe_adapter_router):
+            container.train(self.training)
         self._to_base_device(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -216,11 +222,14 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         Args:
             x: float [..., D].
             *args: passed to the base layer.
-            **kwargs: passed to the base layer.
+            **kwargs: passed to the base layer, but for `adapter_names`, the adapter of each row.
 
         Returns:
             float [..., O] in the base output's dtype.
         """
+        rows = kwargs.pop("adapter_names", None) if kwargs else None
+        if rows is not None:
+            return self._by_rows(rows, x, *args, **kwargs)
         # plain attributes: a module's own lookup is slow enough to be seen at one token
         active = self._active_adapter
         active = [name for name in ([active] if isinstance(active, str) else active) if name in self.sites]
@@ -246,6 +255,31 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
             if routing.base_weight_T is not None:
                 out_TO = out_TO * routing.base_weight_T[:, None].to(out_TO.dtype)
             out_TO = self.moe_adapter_bank[name](x_TD, routing, out_TO)
+        return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+
+    def _by_rows(self, rows: RowAdapters, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus, for each row, the mixture of its own adapter."""
+        base = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters:
+            return base
+        context = self._context(x)
+        x_BSD = self._rows(x, context)
+        if x_BSD.dim() < 3 or "experts" in self.path.split("."):
+            raise RoutingError(
+                f"adapter_names: {self.path} sees {list(x.shape)}, from which rows cannot be told. Leave it out of "
+                "target_modules, or use one adapter a batch."
+            )
+        x_TD, out_TO = x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1])
+        length = x_TD.shape[0] // max(1, x_BSD.shape[0])
+        for name, (own_B, tokens_U) in rows.groups(x_BSD.shape[0], length, x.device).items():
+            if name not in self.sites:
+                continue
+            routing = self.routing(name, x, context_of_rows(context, own_B, length)).for_tokens(tokens_U)
+            out_UO = out_TO[tokens_U]
+            if routing.base_weight_T is not None:
+                out_UO = out_UO * routing.base_weight_T[:, None].to(out_UO.dtype)
+            out_UO = self.moe_adapter_bank[name](x_TD[tokens_U], routing, out_UO)
+            out_TO = out_TO.index_copy(0, tokens_U, out_UO)
         return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
 
     def _step(self, step: DecodeStep, x: Tensor, context: RoutingContext) -> Tensor | None:
@@ -359,7 +393,7 @@ def linear_widths(layer: nn.Module) -> tuple[int, int]:
     """Widths of a linear layer.
 
     Args:
-        layer: `nn.Linear`, transformers' `Conv1D`, or a quantised linear with `in_features` and `out_features`.
+        layer: `nn.Linear`, transformers' `Conv1D`, or a quantised linear that names its widths.
 
     Returns:
         (width in, width out).
@@ -369,6 +403,23 @@ def linear_widths(layer: nn.Module) -> tuple[int, int]:
     """
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return int(layer.in_features), int(layer.out_features)
-    raise RoutingError(f"cannot adapt a {type(layer).__name__}: routed adapters go on linear layers.")
+    kind = type(layer).__name__
+    for name_in, name_out in _WIDTHS if kind not in _NO_LINEARS else ():
+        width_in, width_out = getattr(layer, name_in, None), getattr(layer, name_out, None)
+        if isinstance(width_in, int) and isinstance(width_out, int):
+            return width_in, width_out
+    raise RoutingError(
+        f"cannot adapt a {kind}: routed adapters go on linear layers, which give one tensor W x + b"
+        f"{_NO_LINEARS.get(kind, '')}. Leave it out of target_modules."
+    )
+
+
+# GPTQ's layers of older packages have the second pair
+_WIDTHS = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+# layers of these names have widths, and do more than multiply
+_NO_LINEARS = {
+    "ColumnParallelLinear": " (Megatron's give a pair)",
+    "RowParallelLinear": " (Megatron's give a pair)",
+    "LayerNormLinear": " (TransformerEngine's normalises its input first)",
+    "LayerNormMLP": " (TransformerEngine's is a whole feed-forward block)",
+}

@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, NoMatchingPeftModuleError
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, NoMatchingPeftModuleError, replicate_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from moe_kit.adapters.base_experts import AdaptedExperts
-from moe_kit.adapters.config import RoutedAdapterConfig
+from moe_kit.adapters.combine import combined_config, fill_combined
+from moe_kit.adapters.config import ALL_LINEAR, RoutedAdapterConfig
 from moe_kit.adapters.external import fill_experts, read_adapters
 from moe_kit.adapters.layer import RoutedLayer
+from moe_kit.adapters.mixed_batch import rows_with_adapters
 from moe_kit.adapters.targets import (
-    ALL_LINEAR,
     all_linears,
     check_patterns,
     describe,
@@ -66,6 +68,7 @@ class RoutedAdapterModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         imported = read_adapters(config)
+        self._replicate_layers(config, adapter_name, model)
         config.check_model(model)
         self._check_balance_scope(config, adapter_name)
         if config.target_parameters:
@@ -86,7 +89,7 @@ class RoutedAdapterModel(BaseTuner):
             with warnings.catch_warnings():
                 if config.target_parameters:
                     # PEFT compares patterns with linears only, and would call those of experts ignored
-                    warnings.filterwarnings("ignore", "The following rank_pattern keys")
+                    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except (NoMatchingPeftModuleError, ConfigError) as error:
             if not _is_routed(model):
@@ -104,7 +107,7 @@ class RoutedAdapterModel(BaseTuner):
 
     def _prepare_model(self, peft_config: RoutedAdapterConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
-        if not (peft_config.expert_pattern or peft_config.rank_pattern):
+        if not (peft_config.expert_pattern or peft_config.rank_pattern or peft_config.alpha_pattern):
             return
         # PEFT has filled in its default targets, and has not changed the model yet
         linears = [
@@ -115,6 +118,22 @@ class RoutedAdapterModel(BaseTuner):
         # where nothing is adapted at all, that is what will be said
         if linears or peft_config.target_parameters:
             check_patterns(model, linears, peft_config)
+
+    def _replicate_layers(self, config: RoutedAdapterConfig, adapter_name: str, model: nn.Module) -> None:
+        # before targets are looked for: PEFT does it too late for paths, and once more for each adapter
+        others = [other for name, other in self.peft_config.items() if name != adapter_name]
+        given = [_pairs(getattr(other, "layer_replication", None)) for other in others]
+        if config.layer_replication and not given:
+            replicate_layers(model, config.layer_replication)
+        elif config.layer_replication and _pairs(config.layer_replication) not in given:
+            raise ConfigError(
+                f"layer_replication of {adapter_name!r} is {config.layer_replication!r}, but the model has adapters already "
+                f"({', '.join(name for name in self.peft_config if name != adapter_name)}), whose layers it would change: "
+                "replicate with the first adapter, and give later ones the same layer_replication or none."
+            )
+
+    # PEFT's own for LoRA: it writes the tied modules into the configuration
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
     def _check_balance_scope(self, config: RoutedAdapterConfig, adapter_name: str) -> None:
         for name, other in self.peft_config.items():
@@ -167,32 +186,61 @@ class RoutedAdapterModel(BaseTuner):
         return list(peft_config.target_parameters or ())
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AdaptedExperts):
-            # PEFT would look for one `weight`, as linears have it
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        # PEFT would also hand `weight` from the one to the other, which experts and quantised linears do not have, and
+        # look for a device by it: an adapter goes to its base's by itself
+        setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         # before PEFT has merged half of the model
         for module in self.model.modules():
             if isinstance(module, RoutedLayer):
                 module.merge()
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+            raise RoutingError(
+                "replicated layers share their weights (layer_replication), so an adapter of one of them cannot be merged: "
+                "keep the adapter."
+            )
         super()._check_merge_allowed()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT hands `adapter_names` to the tuner and would not notice that nobody reads them
-        if kwargs.get("adapter_names") is not None:
+        # around `forward` and `generate` of a PeftModel
+        names = kwargs.pop("adapter_names", None)
+        with nullcontext() if names is None else rows_with_adapters(self.model, self.tuner_layer_cls, names, kwargs):
+            yield
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add an adapter that is the weighted sum of others, where routed experts have one; see `combine`.
+
+        Args:
+            adapters: names of the adapters; their routers must be equal.
+            weights: one for each, negative ones subtract.
+            adapter_name: name of the new adapter, which stays inactive.
+            combination_type: "cat" puts the ranks of each expert side by side and is exact; "linear" adds the factors of
+                equal rank, as PEFT's does, and is rough.
+
+        Raises:
+            RoutingError: if the sum is no adapter, or a name does not fit.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters or adapter_name in self.peft_config:
+            taken = f" {adapter_name!r} exists already." if adapter_name in self.peft_config else ""
             raise RoutingError(
-                "adapter_names (one adapter for each row) is not supported by routed adapters: use one adapter a batch, "
-                "or moe_kit.force_experts to choose experts by row."
+                f"got adapters {adapters} for a new {adapter_name!r}, expected names among {sorted(self.peft_config)} and a "
+                f"name that is free.{taken}"
             )
-        yield
+        configs = {name: self.peft_config[name] for name in adapters}
+        if len(configs) < len(adapters):
+            raise RoutingError(f"adapters {adapters} name one twice: give it once, with the sum of its weights.")
+        self.peft_config[adapter_name] = combined_config(self.model, configs, weights, combination_type)
+        self.inject_adapter(self.model, adapter_name)
+        fill_combined(self.model, adapters, weights, adapter_name, combination_type)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         # behind `unload` and `merge_and_unload` alike: hooks and what was announced go with the adapters
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         if not _is_routed(model):
             detach(model)
         return model
@@ -222,6 +270,11 @@ class RoutedAdapterModel(BaseTuner):
             return super()._remove_adapter_name_from_key(key, adapter_name)
         head, tail = key[: match.end()], key[match.end() :]
         return head + tail.removeprefix(adapter_name + ".")
+
+
+def _pairs(replication: Any) -> list[tuple[int, int]] | None:
+    # JSON has lists where a user wrote tuples
+    return None if replication is None else [tuple(pair) for pair in replication]
 
 
 def _is_routed(model: nn.Module) -> bool:

@@ -78,6 +78,7 @@ class Sizes:
         num_experts: experts of one group.
         rank: L.
         groups: groups of experts that are weighted on their own (heads of a split bank).
+        alpha: what the mixture's scale is made from, unless the configuration sets the scale itself.
     """
 
     width_in: int
@@ -85,6 +86,7 @@ class Sizes:
     num_experts: int
     rank: int
     groups: int = 1
+    alpha: float = 1.0
 
     @property
     def slots(self) -> int:
@@ -176,7 +178,7 @@ BANKS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Bank]] = {
         sizes.width_in,
         sizes.width_out,
         sizes.num_experts,
-        scale=lora_scale(config, sizes.num_experts),
+        scale=lora_scale(config, sizes, sizes.num_experts),
         **config.bank_options,
     ),
     "split_head": lambda config, sizes: SplitHeadBank(
@@ -184,7 +186,7 @@ BANKS: Mapping[str, Callable[[RoutedAdapterConfig, Sizes], Bank]] = {
         sizes.width_out,
         sizes.num_experts,
         sizes.rank,
-        scale=lora_scale(config, sizes.rank),
+        scale=lora_scale(config, sizes, sizes.rank),
         dropout=config.dropout,
         **config.bank_options,
     ),
@@ -203,7 +205,7 @@ def _lora_bank(kind: Callable[..., Bank], config: RoutedAdapterConfig, sizes: Si
         sizes.width_out,
         sizes.num_experts,
         sizes.rank,
-        scale=lora_scale(config, sizes.rank),
+        scale=lora_scale(config, sizes, sizes.rank),
         dropout=config.dropout,
         **config.bank_options,
     )
@@ -220,11 +222,11 @@ def remix_weight(top_k: int, rank: int, use_rslora: bool) -> float:
     return 2 / math.sqrt(top_k * rank) if use_rslora else 2 / (top_k * rank)
 
 
-def lora_scale(config: RoutedAdapterConfig, rank: int) -> float:
+def lora_scale(config: RoutedAdapterConfig, sizes: Sizes, rank: int) -> float:
     """Multiplier of the mixture: `scale` if set, else alpha / r or alpha / sqrt(r)."""
     if config.scale is not None:
         return config.scale
-    return config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return sizes.alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def sizes_of(config: RoutedAdapterConfig, path: str, width_in: int, width_out: int) -> Sizes:
@@ -239,8 +241,9 @@ def sizes_of(config: RoutedAdapterConfig, path: str, width_in: int, width_out: i
     # PEFT's own rule, so that a pattern means here what it means for a LoRA
     experts = config.expert_pattern.get(get_pattern_key(config.expert_pattern, path), config.num_experts)
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
     groups = config.bank_options.get("heads", 1) if config.bank == "split_head" else 1
-    return Sizes(width_in, width_out, experts, rank, groups)
+    return Sizes(width_in, width_out, experts, rank, groups, alpha)
 
 
 def build_bank(config: RoutedAdapterConfig, sizes: Sizes) -> Bank:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from copy import copy
 from itertools import pairwise
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,11 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.config import RoutedAdapterConfig, layout_pattern
-from moe_kit.errors import ConfigError
-from moe_kit.hf.experts import stacked_weights
+from moe_kit.adapters.layer import linear_widths
+from moe_kit.errors import ConfigError, RoutingError
+from moe_kit.hf.experts import is_experts, stacked_weights
 from moe_kit.hf.fields import suggestion
-
-ALL_LINEAR = "all-linear"
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,13 @@ def is_linear(module: nn.Module) -> bool:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, (nn.Linear, Conv1D)):
         return True
-    has_widths = isinstance(getattr(base, "in_features", None), int) and isinstance(
-        getattr(base, "out_features", None), int
-    )
-    return has_widths and "linear" in type(base).__name__.lower()
+    if "linear" not in type(base).__name__.lower():
+        return False
+    try:
+        linear_widths(base)
+    except RoutingError:
+        return False
+    return True
 
 
 def all_linears(model: nn.Module, config: RoutedAdapterConfig) -> list[str]:
@@ -115,6 +118,15 @@ def expert_parameters(model: nn.Module, config: RoutedAdapterConfig) -> list[str
                 "adapt them by one method."
             )
         names = sorted({".".join(path.rsplit(".", 2)[1:]) for path in known})
+        closed = (
+            sorted({type(module).__name__ for module in model.modules() if is_experts(module)}) if not known else []
+        )
+        if closed:
+            raise ConfigError(
+                f"target_parameters names {name!r}, but the stacks of {', '.join(closed)} cannot be adapted as they are: they "
+                "are quantised, or sharded tensors. Load the base unquantised and wrap it before it is distributed, or adapt "
+                "linears alone (target_modules)."
+            )
         hint = suggestion(name, names) if names else ""
         raise ConfigError(
             f"target_parameters names {name!r}, which is no stacked expert weight of this {type(model).__name__}."
@@ -162,8 +174,16 @@ def nothing_matched(model: nn.Module, config: RoutedAdapterConfig) -> ConfigErro
     Returns:
         An error that lists the linears there are and suggests the nearest name.
     """
-    names = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if path and is_linear(module)})
+    linears = [path for path, module in model.named_modules() if path and is_linear(module)]
     targets: Any = config.target_modules
+    excluded = _without_exclusion(linears, config)
+    if excluded:
+        kept = f" and modules_to_save = {config.modules_to_save!r}" if config.modules_to_save else ""
+        return ConfigError(
+            f"exclude_modules = {config.exclude_modules!r}{kept} leave nothing of what target_modules match in this "
+            f"{type(model).__name__}: {describe(excluded)} would be adapted without. Exclude less, or target more."
+        )
+    names = sorted({path.rpartition(".")[2] for path in linears})
     hint = ""
     if isinstance(targets, (list, tuple, set)):
         unknown = [name for name in targets if name.rpartition(".")[2] not in names]
@@ -175,13 +195,22 @@ def nothing_matched(model: nn.Module, config: RoutedAdapterConfig) -> ConfigErro
     )
 
 
+def _without_exclusion(linears: list[str], config: RoutedAdapterConfig) -> list[str]:
+    """Linears that the targets alone match, if something is excluded at all."""
+    if not (config.exclude_modules or config.modules_to_save):
+        return []
+    free = copy(config)
+    free.exclude_modules = free.modules_to_save = None
+    return [path for path in linears if check_target_module_exists(free, path)]
+
+
 def check_patterns(model: nn.Module, linears: list[str], config: RoutedAdapterConfig) -> None:
     """Refuse patterns that no adapted module matches: the user meant something by them.
 
     Args:
         model: the inner model.
         linears: paths of the linears that the configuration adapts.
-        config: its `expert_pattern` and `rank_pattern` are compared as PEFT does; what `expert_layout` added may match
+        config: its `expert_pattern`, `rank_pattern` and `alpha_pattern` are compared as PEFT does; what `expert_layout` added may match
             none, where only some layers are adapted. The ranks of `target_parameters` count too.
 
     Raises:
@@ -190,7 +219,11 @@ def check_patterns(model: nn.Module, linears: list[str], config: RoutedAdapterCo
     added = layout_pattern(model, config.expert_layout) if config.expert_layout else {}
     given = [pattern for pattern in config.expert_pattern if pattern not in added]
     ranked = [*linears, *(config.target_parameters or ())]
-    for field, patterns, paths in (("expert_pattern", given, linears), ("rank_pattern", config.rank_pattern, ranked)):
+    for field, patterns, paths in (
+        ("expert_pattern", given, linears),
+        ("rank_pattern", config.rank_pattern, ranked),
+        ("alpha_pattern", config.alpha_pattern, ranked),
+    ):
         for pattern in patterns:
             if any(get_pattern_key([pattern], path) == pattern for path in paths):
                 continue

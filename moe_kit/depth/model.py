@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -13,7 +15,7 @@ from moe_kit.depth.hooks import attach_depth, detach_depth
 from moe_kit.depth.routers import FixedRouter, fixed_layers
 from moe_kit.depth.swap import swap_in, swap_out
 from moe_kit.depth.unit import DepthUnit
-from moe_kit.errors import ConfigError
+from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.hf.delivery import announce
 from moe_kit.hf.hooks import detach
 from moe_kit.hf.layers import UNIT, DecoderLayers, find_attention, find_decoder_layers, find_mlp, text_config
@@ -161,6 +163,16 @@ class LayerRoutingModel(BaseTuner):
         if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
             detach(self.model)
         return self.model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT hands `adapter_names` to the tuner and would not notice that nobody reads them
+        if kwargs.get("adapter_names") is not None:
+            raise RoutingError(
+                "adapter_names (one adapter for each row) is not supported by layer routers: use one adapter a batch, or "
+                "moe_kit.depth.force_layers to choose layers by row."
+            )
+        yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its columns."""

@@ -51,6 +51,15 @@ def up_name(module: Any) -> str:
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is an experts module of transformers, whatever its stacks hold.
+
+    Args:
+        module: any module.
+    """
+    return all(hasattr(module, flag) for flag in _FLAGS)
+
+
 def stacked_weights(module: nn.Module) -> dict[str, Tensor]:
     """The stacked weights of a module that holds a block's experts.
 
@@ -62,7 +71,7 @@ def stacked_weights(module: nn.Module) -> dict[str, Tensor]:
         be no parameter: what stands in its place during a pass (`torch.func.functional_call`, FSDP, a parametrisation)
         is a plain tensor.
     """
-    if not all(hasattr(module, flag) for flag in _FLAGS):
+    if not is_experts(module):
         return {}
     found: dict[str, Any] = {name: getattr(module, name, None) for name in (up_name(module), "down_proj")}
     # a quantised stack is a tensor of a class of its own, or holds whole numbers

@@ -33,6 +33,18 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
 
 
+def reason(kind: type, name: str, known: Iterable[str]) -> str:
+    """The rest of a sentence about a field that does not exist: why, or which one is near.
+
+    Args:
+        kind: the class; its `refused_fields`, if it has any, say why it lacks some that other methods have.
+        name: what was given.
+        known: what exists.
+    """
+    refused = getattr(kind, "refused_fields", {})
+    return f": {refused[name]}." if name in refused else f".{suggestion(name, known)}"
+
+
 def names_unknown_fields(kind: type[T]) -> type[T]:
     """Class decorator: fields that do not exist raise `UnknownFieldError`, which names the nearest one.
 
@@ -57,7 +69,7 @@ def names_unknown_fields(kind: type[T]) -> type[T]:
         for name in kwargs:
             if name not in known:
                 raise UnknownFieldError(
-                    f"{kind.__name__} got an unexpected keyword argument {name!r}.{suggestion(name, known)}"
+                    f"{kind.__name__} got an unexpected keyword argument {name!r}{reason(kind, name, known)}"
                 )
         original(self, *args, **kwargs)
 

@@ -16,6 +16,10 @@ from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "{folder}")
 ```
+
+Without the import, whatever loads the adapter stops with `KeyError: '{peft_type}'`. A tool that loads it by itself
+(lm-eval, `transformers serve`) runs in a process that has imported moe_kit with `moe-kit run -m MODULE ...`, such as
+`moe-kit run -m lm_eval --model hf --model_args pretrained=BASE,peft=DIR --tasks arc_easy`.
 """
 
 

@@ -223,6 +223,20 @@ class Routing:
         assert self.num_sequences is not None
         return log_prob_N.new_zeros(self.num_sequences).index_add(0, self.sequence_N, log_prob_N)
 
+    def for_tokens(self, tokens_U: Tensor) -> Routing:
+        """The decisions of some tokens, for a bank that is given only these.
+
+        Args:
+            tokens_U: int64 [U], indices of tokens.
+
+        Returns:
+            A routing of U tokens; decisions that tokens share stay as they are.
+        """
+        if self.decision_T is not None:
+            return replace(self, decision_T=self.decision_T[tokens_U])
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return replace(self, **{name: v[tokens_U] for name, v in values.items() if isinstance(v, Tensor)})
+
     def with_ids(self, expert_ids_NK: Tensor, weights_NK: Tensor) -> Routing:
         """The same decision points with other experts (replay and forcing)."""
         return replace(

@@ -158,19 +158,6 @@ class TestSeveral:
         with pytest.raises(ValueError, match="unknown"):
             model.set_adapter("unknown")
 
-    def test_weighted_adapter_is_refused(self):
-        model = routed()
-        model.add_adapter("second", config())
-        with pytest.raises((AttributeError, ValueError, TypeError, NotImplementedError)):
-            model.add_weighted_adapter([NAME, "second"], [0.5, 0.5], "sum")
-
-    def test_rows_of_different_adapters_are_refused(self):
-        model = routed()
-        with pytest.raises(RoutingError, match="adapter_names"):
-            model(**batch_of(), adapter_names=["__base__", NAME])
-        with pytest.raises(RoutingError, match="adapter_names"):
-            model.generate(batch_of()["input_ids"], adapter_names=["__base__", NAME], max_new_tokens=1)
-
     @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
     def test_merging_says_why_not(self, how):
         model = routed()

@@ -17,7 +17,7 @@ from tests.users.test_two_passes import wake
 BUILDERS = (towers.llava, towers.qwen2vl, towers.gemma3, towers.clip, towers.deberta, towers.blip2)
 KINDS = {
     "lora": LoraConfig(r=3, target_modules="all-linear", exclude_modules=r".*patch_embed.*"),
-    "token": dict(),
+    "token": {},
     "sequence": dict(scope="sequence"),
     "request": dict(scope="request"),
 }
@@ -92,7 +92,7 @@ def test_sound(kind):
 
 def test_loads_leave_out_the_padding_of_frames():
     base, batch = towers.wav2vec2()
-    model = wrap(base, dict()).train()
+    model = wrap(base, {}).train()
     model.base_model.model.config.apply_spec_augment = False
     model(**batch)
     state = require_routing_state(model)
