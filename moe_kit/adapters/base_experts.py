@@ -27,6 +27,7 @@ from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.parts import sizes_of
 from moe_kit.errors import RoutingError
 from moe_kit.hf.experts import run_experts, stacked_weights, weight_of
+from moe_kit.routing.plain import call_with, is_untouched
 
 if TYPE_CHECKING:
     from moe_kit_kernels import RoutePlan
@@ -172,7 +173,10 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):
         weights = stacked_weights(self.base_layer)
         if self._disable_adapters or self.merged or not any(map(self.adapters_of, weights)):
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        return run_experts(self.base_layer, hidden_states, top_k_index, top_k_weights, self._product)
+        given = (hidden_states, top_k_index, top_k_weights)
+        if is_untouched(self.base_layer):
+            return run_experts(self.base_layer, *given, self._product)
+        return call_with(self.base_layer, lambda *seen: run_experts(self.base_layer, *seen, self._product), *given)
 
     def _product(self, name: str, x: Tensor, plan: RoutePlan, *, gather: bool = False, scatter: bool = False) -> Tensor:
         """Rows times their expert's matrix, LoRA and bias included."""
@@ -181,7 +185,7 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):
         weight_EOD, adapters = self.weight(name), self.adapters_of(name)
         bias_EO = getattr(self.base_layer, f"{name}_bias") if self.base_layer.has_bias else None
         order = {"gather": gather, "scatter": scatter}
-        if len(adapters) == 1 and bias_EO is None and not adapters[0].drops:
+        if len(adapters) == 1 and bias_EO is None and not adapters[0].drops and is_untouched(adapters[0]):
             only = adapters[0]
             return lora_grouped(x, weight_EOD, only.A, only.B, plan, scale=only.scale, **order)
         y_PO = grouped_mm(x, weight_EOD, plan, bias_EO=bias_EO, **order)
