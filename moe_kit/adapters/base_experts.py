@@ -27,8 +27,9 @@ from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.mixed_batch import RowAdapters
 from moe_kit.adapters.parts import sizes_of
 from moe_kit.errors import RoutingError
-from moe_kit.hf.experts import call_with, is_plain_call, run_experts, weight_of
+from moe_kit.hf.experts import run_experts, weight_of
 from moe_kit.hf.tuner_layer import FrozenStateLayer
+from moe_kit.routing.plain import call_with, is_untouched
 
 if TYPE_CHECKING:
     from moe_kit_kernels import RoutePlan
@@ -217,7 +218,8 @@ class AdaptedExperts(nn.Module, FrozenStateLayer):
         """The experts under some adapters."""
         if self._disable_adapters or self.merged or not any(name in self.moe_adapter_bank for name in adapters):
             return self.base_layer(*inputs)
-        return call_with(self.base_layer, partial(self._run, adapters), *inputs)
+        run = partial(self._run, adapters)
+        return run(*inputs) if is_untouched(self.base_layer) else call_with(self.base_layer, run, *inputs)
 
     def _run(
         self, adapters: Sequence[str], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -242,7 +244,7 @@ class AdaptedExperts(nn.Module, FrozenStateLayer):
         bias_EO = getattr(self.base_layer, f"{name}_bias") if self.base_layer.has_bias else None
         order = {"gather": gather, "scatter": scatter}
         only = adapters[0] if len(adapters) == 1 and bias_EO is None else None
-        if only is not None and not only.drops and is_plain_call(only):
+        if only is not None and not only.drops and is_untouched(only):
             return lora_grouped(x, weight_EOD, only.A, only.B, plan, scale=only.scale, **order)
         y_PO = grouped_mm(x, weight_EOD, plan, bias_EO=bias_EO, **order)
         for adapter in adapters:

@@ -24,6 +24,7 @@ from moe_kit.hf.sharing import reads_encoder
 from moe_kit.hf.tuner_layer import FrozenStateLayer
 from moe_kit.routing.context import InputIdentity, RoutingContext, SharedInput
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.plain import is_untouched
 
 
 class RoutedLayer(nn.Module, FrozenStateLayer):
@@ -303,7 +304,7 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         site = self.sites[name]
         shared = context.shared.get(site)
         done = None if shared is None else shared.outputs.pop(self.path, None)
-        if not self._is_plain():
+        if not self._is_plain(name):
             return None
         if done is not None and shared.serves(x, (context.is_open, torch.is_grad_enabled())):
             return done
@@ -358,19 +359,14 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         context.shared[self.sites[name]] = SharedInput(InputIdentity(x), routing, mode)
         return results
 
-    def _is_plain(self) -> bool:
-        # hooks on the base layer must still fire, so a hooked one takes the plain path
+    def _is_plain(self, name: str) -> bool:
+        """Whether a fused operator may read the tensors of the base and of a bank past their calls."""
         base = self._modules["base_layer"]
-        if type(base) is not nn.Linear:
-            return False
-        weight = base._parameters["weight"]
-        return not (
-            # a quantised weight is a tensor of a class of its own, which only its linear knows how to multiply
-            type(weight) is not nn.Parameter
-            or base._forward_hooks
-            or base._forward_pre_hooks
-            or weight.requires_grad
-            or "forward" in base.__dict__
+        return (
+            type(base) is nn.Linear
+            and is_untouched(base)
+            and not base._parameters["weight"].requires_grad
+            and is_untouched(self.moe_adapter_bank[name])
         )
 
     def _joins(self, name: str, first: RoutedLayer) -> bool:
@@ -378,7 +374,7 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         return (
             name in self.moe_adapter_bank
             and not self._disable_adapters
-            and self._is_plain()
+            and self._is_plain(name)
             and not self._forward_pre_hooks
             and self.active_adapters == first.active_adapters
             and self.base_layer.weight.device == first.base_layer.weight.device

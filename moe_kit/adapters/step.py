@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_kit.experts.lora import LoRABank
 from moe_kit.routing.decision import Routing
+from moe_kit.routing.plain import is_untouched
 
 if TYPE_CHECKING:
     from moe_kit.adapters.layer import RoutedLayer
@@ -111,7 +112,8 @@ class DecodeStep:
                 and bank.scale == self.scale
                 and a.data_ptr() == address_a
                 and b.data_ptr() == address_b
-                and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+                and is_untouched(base)
+                and is_untouched(bank)
             ):
                 return False
         return not torch.is_autocast_enabled("cpu")

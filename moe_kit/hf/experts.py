@@ -10,7 +10,6 @@ Shapes: T tokens, K slots a token, P pairs, E experts, D width, O width out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -100,42 +99,6 @@ def weight_of(module: Any, name: str) -> Tensor:
             "or flattened cannot be adapted by target_parameters. Leave these weights whole, or adapt linears only."
         )
     return weight.transpose(1, 2) if module.is_transposed else weight
-
-
-def is_plain_call(module: nn.Module) -> bool:
-    """Return True if calling a module does no more than its class's forward: no hooks, nothing offloaded.
-
-    Args:
-        module: any module.
-    """
-    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in module.__dict__
-
-
-def call_with(module: Any, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Call a module with another forward in place of its own: its hooks still run, and bring its weights where needed.
-
-    Args:
-        module: the module, perhaps offloaded by accelerate, or with hooks that gather its weights.
-        forward: takes what the module's own takes.
-        *args: the arguments.
-
-    Returns:
-        What `forward` returns, as the hooks hand it on.
-    """
-    # accelerate wraps the forward itself and keeps the one that it calls
-    name = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    if is_plain_call(module):
-        return forward(*args)
-    own = module.__dict__.get(name)
-    module.__dict__[name] = forward
-    try:
-        return module(*args)
-    finally:
-        if own is None:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = own
 
 
 def run_experts(module: Any, hidden_states: Tensor, ids_TK: Tensor, weights_TK: Tensor, product: Product) -> Tensor:

@@ -24,6 +24,7 @@ from moe_kit.routing.balance import BalanceLoss
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.decision import Routing
 from moe_kit.routing.frozen import trainable_kinds
+from moe_kit.routing.plain import is_untouched
 from moe_kit.routing.schedule import FreezeSchedule
 from moe_kit.routing.scope import Decisions, Scope, TokenScope, pool_mean
 from moe_kit.routing.score import NoisyLogits, is_plain_linear
@@ -226,13 +227,7 @@ class Router(StepOwner):
         # from the dictionary: attribute lookup in a module is slow enough to be seen at one token
         score, select = self._modules["scorer"], self._modules["select"]
         # looked at in every pass: parts may be exchanged, and PEFT's `modules_to_save` may wrap one
-        return (
-            is_plain_linear(score)
-            and is_plain_top_k(select)
-            and not (
-                score._forward_hooks or score._forward_pre_hooks or select._forward_hooks or select._forward_pre_hooks
-            )
-        )
+        return is_plain_linear(score) and is_plain_top_k(select) and is_untouched(score) and is_untouched(select)
 
     def gate_parameters(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, int] | None:
         """What an operator needs that decides and applies the decision at one go; `decided` then completes it.
@@ -244,7 +239,7 @@ class Router(StepOwner):
         Returns:
             (weight [E, D], K) of `weights = softmax of the K best of x W^T`, or None if this router does more than that.
         """
-        if not self._fuses_for(x, context) or self._forward_hooks or self._forward_pre_hooks:
+        if not (self._fuses_for(x, context) and is_untouched(self)):
             return None
         score: Any = self._modules["scorer"]
         select: Any = self._modules["select"]
