@@ -35,6 +35,7 @@ from moe_kit.errors import CheckpointError, ConfigError, RoutingError
 from moe_kit.hf.delivery import announce
 from moe_kit.hf.generation import note_generate
 from moe_kit.hf.hooks import attach, detach
+from moe_kit.hf.module_names import name_by_path
 from moe_kit.hf.registration import register
 from moe_kit.hf.sharing import router_group
 from moe_kit.routing.step import track
@@ -81,6 +82,7 @@ class RoutedAdapterModel(BaseTuner):
             # the paths name the layers already
             config.layers_to_transform = config.layers_pattern = None
             logger.info("%s adapts %s", adapter_name, describe(config.target_modules))
+        name_by_path(model, config)
         state = attach(model)
         track(model)
         # routers of this adapter by sharing group, filled as linears are visited
@@ -292,13 +294,15 @@ def check_state(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]
     Raises:
         CheckpointError: if weights are missing, foreign, or of other sizes.
     """
+    everything = model.state_dict()
     own = {
         name: value
-        for name, value in model.state_dict().items()
+        for name, value in everything.items()
         if (match := _CONTAINER.search(name)) and name[match.end() :].startswith(adapter_name + ".")
     }
     missing = sorted(own.keys() - state.keys())
-    foreign = sorted(name for name in state.keys() - own.keys() if ".moe_adapter_" in name or ".lora_" in name)
+    # a module of the base that is saved with the adapter may have any name
+    foreign = sorted(n for n in state.keys() - everything.keys() if ".moe_adapter_" in n or ".lora_" in n)
     # a scalar of an older file is a vector of one element now
     other = [name for name in own.keys() & state.keys() if own[name].shape != torch.atleast_1d(state[name]).shape]
     if not (missing or foreign or other):

@@ -19,6 +19,7 @@ from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.hf.delivery import announce
 from moe_kit.hf.hooks import detach
 from moe_kit.hf.layers import UNIT, DecoderLayers, find_attention, find_decoder_layers, find_mlp, text_config
+from moe_kit.hf.module_names import name_by_path
 from moe_kit.hf.registration import register
 
 _CONTAINER = re.compile(r"\.(moe_depth_router|moe_depth_forecaster)\.")
@@ -73,6 +74,7 @@ class LayerRoutingModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: LayerRoutingConfig, adapter_name: str) -> None:
         self._targets(model, config)
+        name_by_path(model, config)
 
     def _targets(self, model: nn.Module, config: LayerRoutingConfig) -> dict[str, tuple[str, int]]:
         """Module path -> (kind, layer) of the modules that get a unit."""

@@ -130,6 +130,15 @@ def _is_sharded(value: Tensor) -> bool:
     return hasattr(value, "full_tensor")
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Return True if an optimizer of DeepSpeed's ZeRO holds flat partitions of a parameter in its place.
+
+    Args:
+        parameter: a parameter; ZeRO-3 marks all of a model, stages 1 and 2 those that are trained.
+    """
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_dp_group")
+
+
 @contextmanager
 def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Make partitioned parameters whole inside the block, and partition what they are then.

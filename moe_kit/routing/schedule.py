@@ -22,9 +22,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moe_kit.errors import ConfigError
+from moe_kit.errors import ConfigError, RoutingError
 from moe_kit.routing.decision import Routing
-from moe_kit.routing.frozen import assign, whole
+from moe_kit.routing.frozen import assign, is_partitioned, whole
 from moe_kit.routing.step import StepState
 
 
@@ -153,10 +153,19 @@ class FreezeSchedule(StepState):
         return self.steps.new_ones(1)
 
     def update(self, total: Tensor) -> None:
-        """Follow the values until frozen, put them back afterwards; no wait for the device."""
+        """Follow the values until frozen, put them back afterwards; no wait for the device.
+
+        Raises:
+            RoutingError: if the values live in an optimizer of ZeRO, where putting them back would change nothing.
+        """
         if self.kept is None:
             # this router has not run yet: other sites have
             return
+        if any(value.requires_grad and is_partitioned(value) for value in self._held()):
+            raise RoutingError(
+                "router_freeze_after puts a router back after each step, but DeepSpeed's ZeRO keeps its weights in the "
+                "optimizer: train in two runs, the second with freeze_router=True, or use FSDP2 or DDP."
+            )
         steps = whole(self.steps)
         frozen = steps >= self.after
         assign(self.steps, torch.where(frozen, steps, steps + 1))

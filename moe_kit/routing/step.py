@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moe_kit.routing.decision import Routing
-from moe_kit.routing.frozen import HoldsFrozen, gathered
+from moe_kit.routing.frozen import HoldsFrozen, gathered, is_partitioned
 
 _EXPLICIT = "moe_routing_step_hook"
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -278,6 +278,8 @@ def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[
             continue
         if held is None:
             held = {id(value) for group in optimizer.param_groups for value in group["params"]}
+        if partitioned := _partitions(model, optimizer):
+            held = held | {id(value) for value in partitioned}
         if not _any_in(model.parameters(), held):
             continue
         others: set[int] = set()
@@ -286,6 +288,24 @@ def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[
             if owner.is_frozen or (trained and not _any_in(trained, held)):
                 others.update(map(id, owner.step_states))
         _move([state for state in states if id(state) not in others])
+
+
+def _partitions(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Parameters whose flat partitions a stepping optimizer holds under DeepSpeed's ZeRO, which knows them by no identity.
+
+    ZeRO leaves on a parameter which of its optimizers partitions it; stages 1 and 2 only in the processes that keep a
+    part of it, so one such link speaks for all that stand in the same group of processes.
+    """
+    values = [value for value in model.parameters() if is_partitioned(value)]
+    if not values:
+        return []
+    engines = [getattr(value, "_z3_optimizer", None) or getattr(value, "_zero_optimizer", None) for value in values]
+    inner = [getattr(engine, "optimizer", None) for engine in engines if engine is not None]
+    if inner:
+        return values if any(found is optimizer for found in inner) else []
+    # this process keeps no part of the model: the partitions are flat, and no parameter of it
+    flat = [value for group in optimizer.param_groups for value in group["params"]]
+    return values if all(value.dim() == 1 for value in flat) else []
 
 
 def _owners(model: nn.Module) -> list[StepOwner]:

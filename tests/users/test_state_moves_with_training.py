@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from moe_kit import RoutedAdapterConfig, RoutedTrainer, Router, routing_step
+from moe_kit import RoutedAdapterConfig, RoutedTrainer, Router, RoutingError, routing_step
 from moe_kit.routing import policy_gradient
 from moe_kit.routing.frozen import frozen_parameters
 from moe_kit.routing.step import step_states
@@ -278,3 +278,48 @@ def test_a_smaller_batch_after_running_out_of_memory(tmp_path):
 
     found = run(2, per_device_train_batch_size=4, auto_find_batch_size=True)
     assert same(found, run(math.inf, per_device_train_batch_size=2))
+
+
+class Partitioning:
+    """What ZeRO does to an optimizer: it holds one flat copy of all parameters and is known by a mark on these."""
+
+    def __init__(self, model, marked=True):
+        self.values = [value for value in model.parameters() if value.requires_grad]
+        self.flat = torch.nn.Parameter(torch.cat([value.detach().flatten() for value in self.values]))
+        self.optimizer = torch.optim.SGD([self.flat], lr=0.1)
+        for value in self.values:
+            value._dp_group = None
+        if marked:
+            # a process has such links for the parameters of its own part
+            self.values[0]._zero_optimizer = self
+
+    def step(self):
+        self.flat.grad = torch.cat([value.grad.flatten() for value in self.values])
+        self.optimizer.step()
+        torch.nn.utils.vector_to_parameters(self.flat.detach(), self.values)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_an_optimizer_of_flat_partitions_moves_the_state(case, marked):
+    model, other = wrapped(case), wrapped(case)
+    engine, second = Partitioning(model, marked), Partitioning(other)
+    stranger = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    before = state(model)
+    for each in (model, other):
+        each(**batch_of()).loss.backward()
+    stranger.step()
+    assert same(state(model), before)
+    if marked:
+        second.step()
+        assert same(state(model), before), "moved by another engine"
+    engine.step()
+    assert same(state(model), train_once(wrapped(case)))
+
+
+def test_a_router_cannot_be_put_back_into_partitions():
+    model = wrapped("loss_free", router_freeze_after=1)
+    engine = Partitioning(model)
+    model(**batch_of()).loss.backward()
+    with pytest.raises(RoutingError, match="freeze_router=True"):
+        engine.step()
