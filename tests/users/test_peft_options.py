@@ -261,6 +261,13 @@ class TestNothingMatched:
         with pytest.raises(ConfigError, match=r"modules_to_save = \['q_proj'\].*q_proj \(2\) would be adapted"):
             wrapped(ours, target_modules=["q_proj"], modules_to_save=["q_proj"])
 
+    def test_of_a_second_adapter(self):
+        model = wrapped(ours, target_modules=["q_proj"])
+        with pytest.raises(ConfigError, match=r"q_proj \(2\) would be adapted without"):
+            model.add_adapter("second", ours(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+        with pytest.raises(ConfigError, match=r"Its linears: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj"):
+            model.add_adapter("third", ours(target_modules=["nothing_like_it"]))
+
     def test_a_wrong_name_is_still_that(self):
         with pytest.raises(ConfigError, match=r"q_prj.*Did you mean 'q_proj'"):
             wrapped(ours, target_modules=["q_prj"], exclude_modules=["v_proj"])
