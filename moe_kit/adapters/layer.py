@@ -265,6 +265,9 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
             return base
         context = self._context(x)
         x_BSD = self._rows(x, context)
+        if x_BSD.dim() == 2 and context.shape_BS is None:
+            # a model without sequences: one token a row
+            x_BSD = x_BSD[:, None]
         if x_BSD.dim() < 3 or "experts" in self.path.split("."):
             raise RoutingError(
                 f"adapter_names: {self.path} sees {list(x.shape)}, from which rows cannot be told. Leave it out of "

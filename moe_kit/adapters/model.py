@@ -137,6 +137,14 @@ class RoutedAdapterModel(BaseTuner):
     # PEFT's own for LoRA: it writes the tied modules into the configuration
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
 
+    def _add_targets_to_tie(self, peft_config: RoutedAdapterConfig, tied_weight_keys: list[str]) -> None:
+        # PEFT would warn and adapt one of the two
+        raise ConfigError(
+            f"ensure_weight_tying is set and target_modules = {peft_config.target_modules!r} adapts an embedding or what is tied "
+            f"to it ({', '.join(sorted(tied_weight_keys))}): routed adapters go on linears, so the two cannot be tied. Leave "
+            "ensure_weight_tying unset, or train both in full with modules_to_save."
+        )
+
     def _check_balance_scope(self, config: RoutedAdapterConfig, adapter_name: str) -> None:
         for name, other in self.peft_config.items():
             if name != adapter_name and getattr(other, "balance_scope", config.balance_scope) != config.balance_scope:

@@ -174,7 +174,12 @@ def nothing_matched(model: nn.Module, config: RoutedAdapterConfig) -> ConfigErro
     Returns:
         An error that lists the linears there are and suggests the nearest name.
     """
-    linears = [path for path, module in model.named_modules() if path and is_linear(module)]
+    # a linear that has an adapter already is named once, by its own name
+    linears = [
+        path
+        for path, module in model.named_modules()
+        if path and is_linear(module) and not path.endswith(".base_layer")
+    ]
     targets: Any = config.target_modules
     excluded = _without_exclusion(linears, config)
     if excluded:

@@ -1,5 +1,7 @@
 """One batch whose rows use different adapters: each row is what it would be in a batch under its own adapter."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -267,6 +269,28 @@ class TestFurtherModules:
         found = call(list(range(len(NAMES))), adapter_names=NAMES)
         real = batch["attention_mask"].bool()
         assert_close("logits", found[real], expected[real])
+
+
+def test_a_model_without_sequences():
+    """PEFT's own scenario: rows of numbers through two linears, every third row under the base."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(
+        OrderedDict(first=torch.nn.Linear(10, 20), act=torch.nn.ReLU(), last=torch.nn.Linear(20, 3))
+    )
+    plain = dict(task_type=None, target_modules=["first", "last"])
+    model = two(config(**plain, modules_to_save=None), config(**{**plain, "target_modules": ["last"]}), base.eval())
+    wake(model)
+    x = torch.randn(9, 10)
+    names = ["__base__", "a", "b"] * 3
+
+    @torch.no_grad()
+    def call(rows, **given):
+        return model(x[rows], **given)
+
+    expected = torch.cat(alone(model, call, names))
+    assert_close("outputs", call(list(range(9)), adapter_names=names), expected)
+    with pytest.raises(RoutingError, match="has 5 names but the batch has 9 rows"):
+        model(x, adapter_names=["a"] * 5)
 
 
 class TestWhatIsLeft:

@@ -13,6 +13,7 @@ from moe_kit import ConfigError, RoutedAdapterConfig, RoutingError
 from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.layer import RoutedLayer
 from moe_kit.adapters.refused import REFUSED_OPTIONS
+from moe_kit.routing.state import find_routing_state
 from tests.conformance.common import NAME, config, wake
 from tests.tiny import batch_of, tiny_llama, tiny_moe
 from tests.tolerances import assert_close
@@ -108,6 +109,12 @@ class TestWeightTying:
         assert inner.lm_head.modules_to_save[NAME].weight is embedding
         assert not torch.equal(embedding, tiny_llama(**tied).model.embed_tokens.weight)
         assert torch.equal(logits(reloaded(model, tmp_path, **tied)), logits(model))
+
+    def test_an_adapter_on_a_tied_head_is_refused(self):
+        base = tiny_llama(tie_word_embeddings=True)
+        with pytest.raises(ConfigError, match="the two cannot be tied"):
+            wrapped(ours, base, target_modules=["lm_head"], ensure_weight_tying=True)
+        assert find_routing_state(base) is None
 
     @METHODS
     def test_without_it_peft_warns(self, method):
@@ -260,6 +267,13 @@ class TestNothingMatched:
     def test_modules_to_save_count(self):
         with pytest.raises(ConfigError, match=r"modules_to_save = \['q_proj'\].*q_proj \(2\) would be adapted"):
             wrapped(ours, target_modules=["q_proj"], modules_to_save=["q_proj"])
+
+    def test_of_a_second_adapter(self):
+        model = wrapped(ours, target_modules=["q_proj"])
+        with pytest.raises(ConfigError, match=r"q_proj \(2\) would be adapted without"):
+            model.add_adapter("second", ours(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+        with pytest.raises(ConfigError, match=r"Its linears: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj"):
+            model.add_adapter("third", ours(target_modules=["nothing_like_it"]))
 
     def test_a_wrong_name_is_still_that(self):
         with pytest.raises(ConfigError, match=r"q_prj.*Did you mean 'q_proj'"):
