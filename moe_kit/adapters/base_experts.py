@@ -173,10 +173,13 @@ class AdaptedExperts(nn.Module, BaseTunerLayer):
         weights = stacked_weights(self.base_layer)
         if self._disable_adapters or self.merged or not any(map(self.adapters_of, weights)):
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
-        given = (hidden_states, top_k_index, top_k_weights)
+
+        def run(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return run_experts(self.base_layer, x, ids, weights, self._product)
+
         if is_untouched(self.base_layer):
-            return run_experts(self.base_layer, *given, self._product)
-        return call_with(self.base_layer, lambda *seen: run_experts(self.base_layer, *seen, self._product), *given)
+            return run(hidden_states, top_k_index, top_k_weights)
+        return call_with(self.base_layer, run, hidden_states, top_k_index, top_k_weights)
 
     def _product(self, name: str, x: Tensor, plan: RoutePlan, *, gather: bool = False, scatter: bool = False) -> Tensor:
         """Rows times their expert's matrix, LoRA and bias included."""
