@@ -90,14 +90,15 @@ def grouped(x_TD: Tensor, A_ELD: Tensor, B_EOL: Tensor, ids_TK: Tensor, weights_
 PEERS = {"loop": loop, "masked": masked, "grouped_mm": grouped}
 
 
-def _inputs(T: int, E: int, K: int, D: int, O: int, L: int) -> dict[str, Tensor]:
+def _inputs(T: int, E: int, K: int, D: int, O: int, L: int, *, transposed: bool = False) -> dict[str, Tensor]:
+    """Inputs of a call, the same for all sides; B contiguous, as every bank has it, or `transposed`, in memory as [E, L, O]."""
     generator = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    B_EOL = rand(E, O, L) / L**0.5
     return {
         "x_TD": rand(T, D).requires_grad_(),
         "A_ELD": (rand(E, L, D) / D**0.5).requires_grad_(),
-        # stored as [E, L, O], as LoRABank keeps it; all sides get the same
-        "B_EOL": (rand(E, L, O) / L**0.5).transpose(1, 2).requires_grad_(),
+        "B_EOL": (B_EOL.transpose(1, 2).contiguous().transpose(1, 2) if transposed else B_EOL).requires_grad_(),
         "ids_TK": torch.rand(T, E, generator=generator).topk(K).indices,
         "weights_TK": torch.rand(T, K, generator=generator).requires_grad_(),
         "base_TO": rand(T, O).requires_grad_(),
@@ -123,13 +124,18 @@ def _ours(x: Tensor, A: Tensor, B: Tensor, ids: Tensor, weights: Tensor, base: T
 
 
 def operator_rows(rounds: int = 15, small: bool = False) -> Iterator[dict]:
-    """One row a shape: seconds of ours and of each peer, ratio to the best peer, noise."""
+    """One row a shape and layout of B: seconds of ours and of each peer, ratio to the best peer, noise."""
+    for transposed in (False, True):
+        yield from _operator_rows(rounds, small, transposed)
+
+
+def _operator_rows(rounds: int, small: bool, transposed: bool) -> Iterator[dict]:
     shapes = [(8, 8), (8, 16), (64, 8), (64, 64)]
     widths = [576] if small else [576, 2048]
     for width in widths:
         for E, L in shapes:
             for T, backward in ((1, False), (8, False), (128, True), (1024, True)):
-                inputs = _inputs(T, E, 2, width, width, L)
+                inputs = _inputs(T, E, 2, width, width, L, transposed=transposed)
                 sides = {name: _side(peer, inputs, backward) for name, peer in PEERS.items()}
                 sides["ours"] = _side(_ours, inputs, backward)
                 sides["ours again"] = _side(_ours, inputs, backward)
@@ -142,6 +148,7 @@ def operator_rows(rounds: int = 15, small: bool = False) -> Iterator[dict]:
                     "rank": L,
                     "width": width,
                     "top_k": 2,
+                    "B": "[E, L, O]" if transposed else "contiguous",
                     "mode": "forward+backward" if backward else "forward",
                     "us": {name: round(statistics.median(t) * 1e6, 1) for name, t in times.items()},
                     "best_peer": best,
@@ -290,11 +297,15 @@ def main() -> None:
     found = rows(options.rounds, small=options.small, which=options.which)
     for row in found:
         print(json.dumps(row))
-    for E in (8, 64):
-        ratios = [row["best_peer_over_ours"] for row in found if row.get("experts") == E and "best_peer" in row]
-        if ratios:
-            mean, worst = statistics.geometric_mean(ratios), min(ratios)
-            print(f"{E} experts: geometric mean {mean:.3f}, worst {worst:.3f}, {len(ratios)} shapes", file=sys.stderr)
+    for layout in ("contiguous", "[E, L, O]"):
+        for E in (8, 64):
+            of = [row for row in found if row.get("B") == layout and row["experts"] == E]
+            if ratios := [row["best_peer_over_ours"] for row in of]:
+                mean, worst, count = statistics.geometric_mean(ratios), min(ratios), len(ratios)
+                print(
+                    f"B {layout}, {E} experts: geometric mean {mean:.3f}, worst {worst:.3f}, {count} shapes",
+                    file=sys.stderr,
+                )
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def dense_seconds(shape: LoraShape, device: Device) -> float:
     columns = shape.experts * shape.rank
     down = _host_stage(device, 2 * shape.tokens * columns * shape.d_in, shape.tokens * shape.d_in * shape.itemsize)
     up = _host_stage(device, 2 * shape.tokens * columns * shape.d_out, 2 * shape.tokens * shape.d_out * shape.itemsize)
-    # a bank that keeps B as [E, L, O] has it side by side: nothing is copied
+    # B is joined in runs no larger than a result: a copy that counts as little
     parameters = columns * shape.width * shape.itemsize
     return down + up + parameters / device.bandwidth + 8 * device.call
 

@@ -53,8 +53,7 @@ class LoRABank(Bank):
         # each expert as torch.nn.Linear starts: uniform with bound 1/sqrt(D)
         bound = 1 / math.sqrt(width_in)
         A_ELD = torch.empty(num_experts, rank, width_in).uniform_(-bound, bound)
-        # stored as [E, L, O]: the experts' B side by side, and their gradient, are views then
-        B_EOL = torch.zeros(num_experts, rank, width_out).transpose(1, 2)
+        B_EOL = torch.zeros(num_experts, width_out, rank)
         if frozen:
             self.hold_frozen("A", A_ELD)
             self.hold_frozen("B", B_EOL)

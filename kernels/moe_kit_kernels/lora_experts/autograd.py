@@ -78,21 +78,19 @@ def dense_forward(
         width = E * b_EOL.shape[2]
         part_TC = G_TC if n == 1 else G_TC[:, column : column + width]
         column += width
-        Bt_CO = cpu.join_up(b_EOL, dtype).t()
         if base is None:
-            results.append((part_TC @ Bt_CO).to(x_TD.dtype))
+            results.append(cpu.add_up(None, part_TC, b_EOL, owned=True).to(x_TD.dtype))
             continue
         if group.linear:
             base_TO, owned = torch.nn.functional.linear(x_TD, base, bias), True
         else:
             base_TO, owned = base, group.overwrite_base
         if base_TO.dtype == dtype:
-            results.append(base_TO.addmm_(part_TC, Bt_CO) if owned else torch.addmm(base_TO, part_TC, Bt_CO))
-        elif owned:
-            # adapters wider than the base: the sum is rounded once
-            results.append(base_TO.copy_((part_TC @ Bt_CO).add_(base_TO)))
-        else:
-            results.append((part_TC @ Bt_CO).add_(base_TO).to(base_TO.dtype))
+            results.append(cpu.add_up(base_TO, part_TC, b_EOL, owned=owned))
+            continue
+        # adapters wider than the base: the sum is rounded once
+        sum_TO = cpu.add_up(None, part_TC, b_EOL, owned=True).add_(base_TO)
+        results.append(base_TO.copy_(sum_TO) if owned else sum_TO.to(base_TO.dtype))
     return results, kept
 
 
@@ -142,12 +140,9 @@ def dense_backward(
     dB: list[Tensor | None] = [None] * n
 
     if need_x or need_weights or any(need_A):
-        if n == 1:
-            U_TC = dycs[0] @ cpu.join_up(B[0], dtype)
-        else:
-            U_TC = x_TD.new_empty(x_TD.shape[0], C, dtype=dtype)
-            for dy_TO, b_EOL, out in zip(dycs, B, U_TC.split(columns, dim=1), strict=True):
-                torch.mm(dy_TO, cpu.join_up(b_EOL, dtype), out=out)
+        U_TC = x_TD.new_empty(x_TD.shape[0], C, dtype=dtype)
+        for dy_TO, b_EOL, out in zip(dycs, B, U_TC.split(columns, dim=1), strict=True):
+            cpu.project(dy_TO, b_EOL, out)
     if kept:
         H_TC = cpu.spread_chosen(kept, plan, ranks)
         if need_weights:
@@ -159,8 +154,7 @@ def dense_backward(
             parts = [G_TC] if n == 1 else G_TC.split(columns, dim=1)
             for i, (dy_TO, part_TC) in enumerate(zip(dycs, parts, strict=True)):
                 if need_B[i]:
-                    # a view: autograd copies it into the parameter's layout only when it has to keep it
-                    dB[i] = (part_TC.t() @ dy_TO).view(E, ranks[i], B[i].shape[1]).transpose(1, 2).to(B[i].dtype)
+                    dB[i] = cpu.up_gradient(dy_TO, part_TC, B[i])
     if need_x or any(need_A):
         dH_TC = U_TC.mul_(factors_TC) if U_TC.dtype == factors_TC.dtype else (U_TC * factors_TC).to(dtype)
         if any(need_A):

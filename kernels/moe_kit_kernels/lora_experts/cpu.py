@@ -22,7 +22,7 @@ Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = all c
 It is not sparse in compute: E/K times the FLOPs of the chosen experts; `cpu_sorted.py` is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -168,7 +168,7 @@ def join_down(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def is_joined(B_EOL: Tensor) -> bool:
-    """Tell whether a bank keeps B as [E, L, O]: the experts' B lie one behind the other, and joining them copies nothing.
+    """Return True if B lies as [E, L, O]: the experts' B lie one behind the other, and joining them copies nothing.
 
     Args:
         B_EOL: [E, O, L].
@@ -177,20 +177,103 @@ def is_joined(B_EOL: Tensor) -> bool:
     return B_EOL.stride() == (L * O, 1, O)
 
 
-def join_up(B_EOL: Tensor, dtype: torch.dtype) -> Tensor:
-    """Put the experts' B side by side.
+def joined_runs(B_EOL: Tensor, dtype: torch.dtype, tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the experts' B side by side, for products over all experts.
+
+    Products of few columns are slow, so neighbouring experts are copied together: as many as make the copy no larger than the result
+    [T, O] of a product. Nothing of the bank's size is ever allocated. Where `is_joined`, all experts come as one view.
 
     Args:
         B_EOL: [E, O, L].
         dtype: dtype to compute in.
+        tokens: T.
 
-    Returns:
-        [O, E*L]; a view in one call where `is_joined`, else a copy of the size of B.
+    Yields:
+        Columns (the numbers e * L + l of the run's experts), and their matrix [O, columns].
     """
     E, O, L = B_EOL.shape
     if B_EOL.dtype is dtype and is_joined(B_EOL):
-        return B_EOL.as_strided((O, E * L), (1, O))
-    return B_EOL.to(dtype).permute(1, 0, 2).reshape(O, E * L)
+        yield slice(0, E * L), B_EOL.as_strided((O, E * L), (1, O))
+        return
+    count = max(1, tokens // max(1, L))
+    for e in range(0, E, count):
+        run = B_EOL[e : e + count].to(dtype)
+        # a view of one expert
+        yield slice(e * L, (e + len(run)) * L), run.transpose(0, 1).reshape(O, -1)
+
+
+def is_one_run(B_EOL: Tensor, tokens: int) -> bool:
+    """Return True if `joined_runs` gives all experts at once.
+
+    Args:
+        B_EOL: [E, O, L].
+        tokens: T.
+    """
+    E, _, L = B_EOL.shape
+    return is_joined(B_EOL) or tokens >= E * L
+
+
+def add_up(y_TO: Tensor | None, G_TC: Tensor, B_EOL: Tensor, *, owned: bool) -> Tensor:
+    """Add `sum_e G_e B_e^T`.
+
+    Args:
+        y_TO: [T, O] in the dtype of G; None counts as zeros.
+        G_TC: [T, E*L].
+        B_EOL: [E, O, L].
+        owned: write over y.
+
+    Returns:
+        [T, O].
+    """
+    for columns, B_OC in joined_runs(B_EOL, G_TC.dtype, len(G_TC)):
+        part_TC = G_TC[:, columns]
+        if y_TO is None:
+            y_TO = torch.mm(part_TC, B_OC.t())
+        else:
+            y_TO = y_TO.addmm_(part_TC, B_OC.t()) if owned else torch.addmm(y_TO, part_TC, B_OC.t())
+        # a fresh result, which no gradient reads
+        owned = True
+    assert y_TO is not None
+    return y_TO
+
+
+def project(dy_TO: Tensor, B_EOL: Tensor, out_TC: Tensor | None = None) -> Tensor:
+    """Compute `U_e = dy B_e` of all experts.
+
+    Args:
+        dy_TO: [T, O].
+        B_EOL: [E, O, L].
+        out_TC: [T, E*L] to write to; None allocates it.
+
+    Returns:
+        [T, E*L].
+    """
+    T, (E, _, L) = len(dy_TO), B_EOL.shape
+    out_TC = dy_TO.new_empty(T, E * L) if out_TC is None else out_TC
+    for columns, B_OC in joined_runs(B_EOL, dy_TO.dtype, T):
+        torch.mm(dy_TO, B_OC, out=out_TC[:, columns])
+    return out_TC
+
+
+def up_gradient(dy_TO: Tensor, G_TC: Tensor, B_EOL: Tensor) -> Tensor:
+    """Compute the gradient of B, `dy^T G_e` of all experts.
+
+    Args:
+        dy_TO: [T, O].
+        G_TC: [T, E*L], in the dtype of dy.
+        B_EOL: [E, O, L]; the result lies like it.
+
+    Returns:
+        [E, O, L] in the dtype of B.
+    """
+    (E, O, L), T = B_EOL.shape, len(dy_TO)
+    if is_joined(B_EOL):
+        return torch.mm(G_TC.t(), dy_TO).view(E, L, O).transpose(1, 2).to(B_EOL.dtype)
+    dB_EOL, count = torch.empty_like(B_EOL), max(1, T // max(1, L))
+    for e in range(0, E, count):
+        run = dB_EOL[e : e + count]
+        run.copy_(torch.mm(G_TC[:, e * L : (e + len(run)) * L].t(), dy_TO).view(-1, L, O).transpose(1, 2))
+    return dB_EOL
 
 
 def weigh(columns_TC: Tensor, gates_TE: Tensor, expand_EC: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 The mathematics of `cpu` (see there for the equations) for what most calls are: float32 or float64 everywhere. At some
 hundred tokens the general function's bookkeeping in Python costs as much as two GEMMs; here every line is one call.
 
-A bank that keeps B as [E, L, O] (a parameter of shape [E, O, L] with the strides of its transpose) is never copied:
-its B side by side, and the gradient of it, are views.
+B is joined some experts at a time, see `cpu.joined_runs`.
 
 Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, C = E*L columns of a projection, n projections.
 """
@@ -66,11 +65,7 @@ def add(
     G_TC = H_TC * factors_TC if keep and plan is None else H_TC.mul_(factors_TC)
     results = []
     for part_TC, base_TO, b_EOL in zip(_parts(G_TC, n), bases, B, strict=True):
-        Bt_CO = cpu.join_up(b_EOL, x_TD.dtype).t()
-        if base_TO is None:
-            results.append(torch.mm(part_TC, Bt_CO))
-        else:
-            results.append(base_TO.addmm_(part_TC, Bt_CO) if owned else torch.addmm(base_TO, part_TC, Bt_CO))
+        results.append(cpu.add_up(base_TO, part_TC, b_EOL, owned=owned))
     return results, kept
 
 
@@ -100,10 +95,7 @@ def add_table(
     else:
         expand_EC = cpu.expansion(E, (L,), scale, x_TD.dtype, x_TD.device)[:E]
         G_TC = H_TC.mul_(torch.mm(gates_TE, expand_EC))
-    B_CO = cpu.join_up(B_EOL, x_TD.dtype).t()
-    if base_TO is None:
-        return torch.mm(G_TC, B_CO)
-    return base_TO.addmm_(G_TC, B_CO) if owned else torch.addmm(base_TO, G_TC, B_CO)
+    return cpu.add_up(base_TO, G_TC, B_EOL, owned=owned)
 
 
 def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Tensor], dx: Tensor | None) -> Gradients:
@@ -117,12 +109,9 @@ def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Te
     dA: Sequence[Tensor | None] = (None,) * n
     dB: list[Tensor | None] = [None] * n
     if needs.x or needs.weights or need_A:
-        if n == 1:
-            U_TC = torch.mm(dys[0], cpu.join_up(B[0], x_TD.dtype))
-        else:
-            U_TC = x_TD.new_empty(T, n * C)
-            for dy_TO, b_EOL, out in zip(dys, B, _parts(U_TC, n), strict=True):
-                torch.mm(dy_TO, cpu.join_up(b_EOL, x_TD.dtype), out=out)
+        U_TC = x_TD.new_empty(T, n * C)
+        for dy_TO, b_EOL, out in zip(dys, B, _parts(U_TC, n), strict=True):
+            cpu.project(dy_TO, b_EOL, out)
     if kept:
         H_TC = cpu.spread_chosen(tuple(kept), plan, (L,) * n)
         if needs.weights:
@@ -131,8 +120,7 @@ def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Te
             G_TC = H_TC * factors_TC if plan is None else H_TC.mul_(factors_TC)
             for i, (dy_TO, part_TC) in enumerate(zip(dys, _parts(G_TC, n), strict=True)):
                 if needs.B[i]:
-                    # a view in the layout of a bank that keeps B as [E, L, O]: autograd takes it without a copy
-                    dB[i] = torch.mm(part_TC.t(), dy_TO).view(E, L, -1).transpose(1, 2)
+                    dB[i] = cpu.up_gradient(dy_TO, part_TC, B[i])
     if needs.x or need_A:
         dH_TC = U_TC.mul_(factors_TC)
         if need_A:

@@ -125,18 +125,15 @@ def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Te
     for i, (dy_TO, a_ELD, b_EOL) in enumerate(zip(dys, A, B, strict=True)):
         E, O, L = b_EOL.shape
         need_U = needs.x or needs.weights or needs.A[i]
-        dB_ELO = _like_bank(dy_TO, (E, L, O), plan) if needs.B[i] else None
+        dB[i] = _like_bank(dy_TO, (E, O, L), plan) if needs.B[i] else None
         G_NL = kept[i] * factor_N1 if needs.B[i] else None
         U_NL = dy_TO.new_empty(len(token_N), L)
         for run in _runs(plan, O, size):
             dy_NO = dy_TO.index_select(0, token_N[run.pairs])
-            if dB_ELO is not None:
-                dB_ELO[run.experts] = grouped_mm(G_NL[run.pairs].t(), dy_NO, offs=run.ends)
+            if needs.B[i]:
+                dB[i][run.experts] = grouped_mm(dy_NO.t(), G_NL[run.pairs], offs=run.ends)
             if need_U:
                 U_NL[run.pairs] = grouped_mm(dy_NO, b_EOL[run.experts], offs=run.ends)
-        if dB_ELO is not None:
-            # a view in the layout of a bank that keeps B as [E, L, O]
-            dB[i] = dB_ELO.transpose(1, 2)
         if not need_U:
             continue
         if needs.weights:

@@ -148,7 +148,7 @@ def _single(
         check_decision(operator, T, E, decision)
         more = (scale, x_TD, weights, base_TO, A_ELD, B_EOL)
         return native.add_table(operator, decision.ids_TK, *more, owned=overwrite_base)
-    if how == "dense" and (not training or (T * E * L <= _FEW_COLUMNS and cpu.is_joined(B_EOL))):
+    if how == "dense" and (not training or (T * E * L <= _FEW_COLUMNS and cpu.is_one_run(B_EOL, T))):
         gates_TE = gates_of_table(operator, T, E, decision)
         if gates_TE is not None:
             return cpu_columns.add_table(gates_TE, scale, x_TD, base_TO, A_ELD, B_EOL, owned=overwrite_base)

@@ -8,21 +8,27 @@
 // every load of an expert. A token lies in one block and a block on one thread, so nothing is added by two threads; the sums of
 // dA and dB are cut by expert and by columns. Every sum has one order, whatever the number of threads.
 //
-// Both products of a step are over a matrix M [L, W] of one expert with contiguous rows: A_e [L, D], or B_e^T [L, O].
+// Both products of a step are over a matrix M [L, W] of one expert with contiguous rows: A_e [L, D], or B_e^T [L, O]. B lies as
+// [O, L]; the chosen experts are transposed on the way: a few columns at a time where up to four rows are multiplied, all of an expert
+// into a core's cache where more are. The gradient of B is transposed as it leaves the registers. (A B that lies as [L, O] is read as
+// it is: `by_rank`.) None of that changes the order of a sum.
 //
 // Legend: T tokens, P pairs, E experts, D width in, O width out, L rank, W one of the widths, R rows, C columns of registers.
 
 #include <algorithm>
+#include <vector>
 
 #include "vectors.h"
 
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int DOT_RANKS = 4, ADD_COLUMNS = 4, SUM_RANKS = 8, SUM_COLUMNS = 3;
+constexpr int DOT_RANKS = 4, ADD_COLUMNS = 4, SUM_RANKS = 8, SUM_COLUMNS = 3, TURNED_COLUMNS = 3;
 #else
-constexpr int DOT_RANKS = 2, ADD_COLUMNS = 2, SUM_RANKS = 4, SUM_COLUMNS = 2;
+constexpr int DOT_RANKS = 2, ADD_COLUMNS = 2, SUM_RANKS = 4, SUM_COLUMNS = 2, TURNED_COLUMNS = 1;
 #endif
+// ranks of a tile of B's gradient, which is turned in blocks of 8 by 8
+constexpr int TURNED_RANKS = 8;
 constexpr int ROWS = 4;
 // rows of one column lie far apart, where no hardware looks ahead
 constexpr int64_t AHEAD = 8;
@@ -30,6 +36,48 @@ constexpr int64_t MAX_RANK = 256;
 // pairs of a table that a thread sorts by insertion
 constexpr int64_t FEW_PAIRS = 128;
 constexpr int64_t TASKS_A_THREAD = 8;
+
+typedef float Eight __attribute__((vector_size(8 * sizeof(float)), aligned(alignof(float)), may_alias));
+typedef int EightIndices __attribute__((vector_size(8 * sizeof(int))));
+
+// to[c][r] = from[r][c] for 8 by 8 numbers, whose rows lie so many numbers apart
+inline void turn_block(const float* from, int64_t apart, float* to, int64_t stride) {
+    Eight rows[8], pairs[8], fours[8];
+    for (int i = 0; i < 8; i++) rows[i] = *reinterpret_cast<const Eight*>(from + i * apart);
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = __builtin_shuffle(rows[i], rows[i + 1], EightIndices{0, 8, 1, 9, 4, 12, 5, 13});
+        pairs[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], EightIndices{2, 10, 3, 11, 6, 14, 7, 15});
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            fours[i + 2 * j] = __builtin_shuffle(pairs[i + j], pairs[i + j + 2], EightIndices{0, 1, 8, 9, 4, 5, 12, 13});
+            fours[i + 2 * j + 1] = __builtin_shuffle(pairs[i + j], pairs[i + j + 2], EightIndices{2, 3, 10, 11, 6, 7, 14, 15});
+        }
+    for (int i = 0; i < 4; i++) {
+        const Eight low = __builtin_shuffle(fours[i], fours[i + 4], EightIndices{0, 1, 2, 3, 8, 9, 10, 11});
+        const Eight high = __builtin_shuffle(fours[i], fours[i + 4], EightIndices{4, 5, 6, 7, 12, 13, 14, 15});
+        *reinterpret_cast<Eight*>(to + i * stride) = low;
+        *reinterpret_cast<Eight*>(to + (i + 4) * stride) = high;
+    }
+}
+
+// to[c][r] = from[r][c] for any number of rows and columns
+inline void turn(const float* from, int64_t rows, int64_t columns, int64_t apart, float* to, int64_t stride) {
+    for (int64_t r = 0; r < rows; r += 8) {
+        int64_t c = 0;
+        if (r + 8 <= rows)
+            for (; c + 8 <= columns; c += 8) turn_block(from + r * apart + c, apart, to + c * stride + r, stride);
+        for (; c < columns; c++)
+            for (int64_t i = r; i < std::min(r + 8, rows); i++) to[c * stride + i] = from[i * apart + c];
+    }
+}
+
+// a thread's own numbers, kept: fresh memory of an expert's size takes longer to get than to fill
+inline float* scratch(int64_t numbers) {
+    thread_local std::vector<float> kept;
+    if (static_cast<int64_t>(kept.size()) < numbers) kept.resize(numbers);
+    return kept.data();
+}
 
 // h[r][c] = <x_r, m_c> over W
 template <int R, int C>
@@ -60,14 +108,15 @@ inline void down(const float* const* x, const float* m, int64_t W, int64_t L, fl
     for (; l < L; l++) dots<R, 1>(x, m + l * W, W, h + l, L);
 }
 
+// y [R, C registers from w] += h M; the columns of M from w have `stride` numbers a row
 template <int R, int C>
-inline void add_columns(float* const* y, int64_t w, const float* h, const float* m, int64_t W, int64_t L) {
+inline void add_columns(float* const* y, int64_t w, const float* h, const float* m, int64_t stride, int64_t L) {
     Vector sums[R][C];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sums[r][c] = load(y[r] + w + c * LANES);
     for (int64_t l = 0; l < L; l++) {
         Vector row[C];
-        for (int c = 0; c < C; c++) row[c] = load(m + l * W + w + c * LANES);
+        for (int c = 0; c < C; c++) row[c] = load(m + l * stride + c * LANES);
         for (int r = 0; r < R; r++)
             for (int c = 0; c < C; c++) sums[r][c] = fused(h[r * L + l], row[c], sums[r][c]);
     }
@@ -75,18 +124,36 @@ inline void add_columns(float* const* y, int64_t w, const float* h, const float*
         for (int c = 0; c < C; c++) store(y[r] + w + c * LANES, sums[r][c]);
 }
 
+// y [R, columns from w to end] += h M; m points to column w
+template <int R>
+inline void add_range(float* const* y, int64_t w, int64_t end, const float* h, const float* m, int64_t stride, int64_t L) {
+    for (; w + ADD_COLUMNS * LANES <= end; w += ADD_COLUMNS * LANES, m += ADD_COLUMNS * LANES)
+        add_columns<R, ADD_COLUMNS>(y, w, h, m, stride, L);
+    for (; w + LANES <= end; w += LANES, m += LANES) add_columns<R, 1>(y, w, h, m, stride, L);
+    for (; w < end; w++, m++)
+        for (int r = 0; r < R; r++) {
+            float sum = y[r][w];
+            for (int64_t l = 0; l < L; l++) sum = fused(h[r * L + l], m[l * stride], sum);
+            y[r][w] = sum;
+        }
+}
+
 // y [R, W] += h M
 template <int R>
 inline void up(float* const* y, const float* h, const float* m, int64_t W, int64_t L) {
-    int64_t w = 0;
-    for (; w + ADD_COLUMNS * LANES <= W; w += ADD_COLUMNS * LANES) add_columns<R, ADD_COLUMNS>(y, w, h, m, W, L);
-    for (; w + LANES <= W; w += LANES) add_columns<R, 1>(y, w, h, m, W, L);
-    for (; w < W; w++)
-        for (int r = 0; r < R; r++) {
-            float sum = y[r][w];
-            for (int64_t l = 0; l < L; l++) sum = fused(h[r * L + l], m[l * W + w], sum);
-            y[r][w] = sum;
-        }
+    add_range<R>(y, 0, W, h, m, W, L);
+}
+
+// the same for M^T [W, L], turned a few columns of M at a time
+template <int R>
+inline void up_turned(float* const* y, const float* h, const float* m, int64_t W, int64_t L) {
+    constexpr int64_t width = ADD_COLUMNS * LANES;
+    float panel[width * MAX_RANK];
+    for (int64_t w = 0; w < W; w += width) {
+        const int64_t end = std::min(W, w + width);
+        turn(m + w * L, end - w, L, L, panel, width);
+        add_range<R>(y, w, end, h, panel, width, L);
+    }
 }
 
 }  // namespace
@@ -106,10 +173,21 @@ struct Linear {
     const float *x, *A, *B, *weights;
     float scale;
     int64_t D, O, L;
+    bool by_rank;  // B lies as [E, L, O] instead of [E, O, L]
+
+    // B_e^T [L, O] with contiguous rows, until the thread's next one
+    const float* turned(int64_t e) const {
+        const float* b = B + e * O * L;
+        if (by_rank) return b;
+        float* to = scratch(O * L);
+        turn(b, O, L, L, to, O);
+        return to;
+    }
 };
 
+// b: B_e^T [L, O], or null: B_e is turned on the way
 template <int R>
-void forward_rows(const Linear& call, int64_t first, int64_t e, float* y, float* H) {
+void forward_rows(const Linear& call, int64_t first, int64_t e, const float* b, float* y, float* H) {
     const int64_t L = call.L;
     const float* rows[R];
     float* results[R];
@@ -125,7 +203,10 @@ void forward_rows(const Linear& call, int64_t first, int64_t e, float* y, float*
         if (H) std::memcpy(H + p * L, h + r * L, L * sizeof(float));
         for (int64_t l = 0; l < L; l++) h[r * L + l] *= call.scale * call.weights[p];
     }
-    up<R>(results, h, call.B + e * L * call.O, call.O, L);
+    if (b)
+        up<R>(results, h, b, call.O, L);
+    else
+        up_turned<R>(results, h, call.B + e * L * call.O, call.O, L);
 }
 
 // G [P, L] = s H and dH [P, L] = s U, both in sorted order; null where nobody reads them
@@ -133,21 +214,23 @@ struct Gradients {
     const float *H, *dy;
     float *dx, *dweights, *G, *dH;
     bool add_weights;
+
+    bool need_U() const { return dweights || dH; }
 };
 
 template <int R>
-void backward_rows(const Linear& call, const Gradients& to, int64_t first, int64_t e) {
+void backward_rows(const Linear& call, const Gradients& to, int64_t first, int64_t e, const float* b) {
     const int64_t L = call.L;
     const float* rows[R];
     float* inputs[R];
     float u[R * MAX_RANK];
-    const bool need_U = to.dweights || to.dH;
+    const bool need_U = to.need_U();
     for (int r = 0; r < R; r++) {
         const int64_t t = call.order.token[first + r];
         rows[r] = to.dy + t * call.O;
         inputs[r] = to.dx + (to.dx ? t * call.D : 0);
     }
-    if (need_U) down<R>(rows, call.B + e * L * call.O, call.O, L, u);
+    if (need_U) down<R>(rows, b, call.O, L, u);
     for (int r = 0; r < R; r++) {
         const int64_t p = call.order.pair[first + r];
         const float factor = call.scale * call.weights[p];
@@ -183,16 +266,55 @@ void each_rows(const int32_t* token, int64_t s, int64_t end, int64_t e, const Ro
     }
 }
 
-// the same for all pairs of a block
-template <class Rows>
-void each_expert(const Order& order, int64_t block, const Rows& rows) {
-    const int32_t* start = order.start + block * order.experts;
-    for (int64_t e = 0; e < order.experts; e++) each_rows(order.token, start[e], start[e + 1], e, rows);
+// all pairs [s, end) of one expert
+void forward_pairs(const Linear& call, int64_t s, int64_t end, int64_t e, float* y, float* H) {
+    // the same bits either way
+    const float* b = call.by_rank || end - s > ROWS ? call.turned(e) : nullptr;
+    each_rows(call.order.token, s, end, e,
+              [&](auto rows, int64_t first, int64_t e) { forward_rows<rows()>(call, first, e, b, y, H); });
 }
 
-// out [R, columns] = sum over the pairs of expert e of g_p [R] times row t(p) of v [T, W]
-template <int R, int C>
-inline void sum_columns(const Order& order, int64_t e, const float* g, const float* v, int64_t W, int64_t L, float* out) {
+void backward_pairs(const Linear& call, const Gradients& to, int64_t s, int64_t end, int64_t e) {
+    const float* b = to.need_U() ? call.turned(e) : nullptr;
+    each_rows(call.order.token, s, end, e,
+              [&](auto rows, int64_t first, int64_t e) { backward_rows<rows()>(call, to, first, e, b); });
+}
+
+// calls pairs(s, end, e) for the experts of a block that have pairs
+template <class Pairs>
+void each_expert(const Order& order, int64_t block, const Pairs& pairs) {
+    const int32_t* start = order.start + block * order.experts;
+    for (int64_t e = 0; e < order.experts; e++)
+        if (start[e] < start[e + 1]) pairs(start[e], start[e + 1], e);
+}
+
+// where the sums over pairs go: rows of W numbers, or TURNED into columns of them, rows of L
+template <bool TURNED>
+struct Sums {
+    float* out;
+    int64_t W, L;
+
+    template <int R, int C>
+    void write(const Vector (&sums)[R][C], int64_t l, int64_t w) const {
+        if constexpr (TURNED) {
+            float tile[R * C * LANES];
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < C; c++) store(tile + (r * C + c) * LANES, sums[r][c]);
+            turn(tile, R, C * LANES, C * LANES, out + w * L + l, L);
+        } else {
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < C; c++) store(out + (l + r) * W + w + c * LANES, sums[r][c]);
+        }
+    }
+    float& at(int64_t l, int64_t w) const { return TURNED ? out[w * L + l] : out[l * W + w]; }
+};
+
+// ranks l to l + R by C registers of columns from w: sum over the pairs of expert e of g_p [L] times row t(p) of v [T, W]
+template <int R, int C, bool TURNED>
+inline void sum_columns(const Order& order, int64_t e, const float* g, const float* v, int64_t l, int64_t w,
+                        const Sums<TURNED>& to) {
+    const int64_t W = to.W, L = to.L;
+    g += l, v += w;
     Vector sums[R][C] = {};
     const int64_t last = order.start[order.blocks * order.experts] - 1;
     for (int64_t b = 0; b < order.blocks; b++) {
@@ -206,35 +328,37 @@ inline void sum_columns(const Order& order, int64_t e, const float* g, const flo
                 for (int c = 0; c < C; c++) sums[r][c] = fused(g[s * L + r], row[c], sums[r][c]);
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) store(out + r * W + c * LANES, sums[r][c]);
+    to.write(sums, l, w);
 }
 
-template <int R>
-inline void sum_ranks(const Order& order, int64_t e, const float* g, const float* v, int64_t W, int64_t L, float* out,
-                      int64_t w, int64_t end) {
-    for (; w + SUM_COLUMNS * LANES <= end; w += SUM_COLUMNS * LANES)
-        sum_columns<R, SUM_COLUMNS>(order, e, g, v + w, W, L, out + w);
-    for (; w + LANES <= end; w += LANES) sum_columns<R, 1>(order, e, g, v + w, W, L, out + w);
+template <int R, bool TURNED>
+inline void sum_ranks(const Order& order, int64_t e, const float* g, const float* v, int64_t l, int64_t w, int64_t end,
+                      const Sums<TURNED>& to) {
+    constexpr int C = TURNED ? TURNED_COLUMNS : SUM_COLUMNS;
+    const int64_t W = to.W, L = to.L;
+    for (; w + C * LANES <= end; w += C * LANES) sum_columns<R, C>(order, e, g, v, l, w, to);
+    for (; w + LANES <= end; w += LANES) sum_columns<R, 1>(order, e, g, v, l, w, to);
     for (; w < end; w++)
         for (int r = 0; r < R; r++) {
             float sum = 0;
             for (int64_t b = 0; b < order.blocks; b++) {
                 const int32_t* bounds = order.start + b * order.experts + e;
                 for (int64_t s = bounds[0]; s < bounds[1]; s++)
-                    sum = fused(g[s * L + r], v[order.token[s] * W + w], sum);
+                    sum = fused(g[s * L + l + r], v[order.token[s] * W + w], sum);
             }
-            out[r * W + w] = sum;
+            to.at(l + r, w) = sum;
         }
 }
 
-// columns [w, end) of out_e [L, W]
-void sum_pairs(const Order& order, int64_t e, const float* g, const float* v, int64_t W, int64_t L, float* out, int64_t w,
-               int64_t end) {
+// columns [w, end) of the sums of expert e
+template <bool TURNED>
+void sum_pairs(const Order& order, int64_t e, const float* g, const float* v, int64_t w, int64_t end, const Sums<TURNED>& to) {
+    constexpr int R = TURNED ? TURNED_RANKS : SUM_RANKS;
+    const int64_t L = to.L;
     int64_t l = 0;
-    for (; l + SUM_RANKS <= L; l += SUM_RANKS) sum_ranks<SUM_RANKS>(order, e, g + l, v, W, L, out + l * W, w, end);
-    for (; l + 2 <= L; l += 2) sum_ranks<2>(order, e, g + l, v, W, L, out + l * W, w, end);
-    for (; l < L; l++) sum_ranks<1>(order, e, g + l, v, W, L, out + l * W, w, end);
+    for (; l + R <= L; l += R) sum_ranks<R>(order, e, g, v, l, w, end, to);
+    for (; l + 2 <= L; l += 2) sum_ranks<2>(order, e, g, v, l, w, end, to);
+    for (; l < L; l++) sum_ranks<1>(order, e, g, v, l, w, end, to);
 }
 
 // columns of one of `parts` of W, in whole groups of registers
@@ -272,22 +396,22 @@ void moe_kit_order(const int64_t* expert_P, const int64_t* token_P, const int64_
 // y [T, O] += experts of x [T, D]; H [P, L] in the caller's order unless null. Rows of pairs that were left out are not written.
 void moe_kit_lora_forward(const int32_t* token, const int32_t* pair, const int32_t* start, const float* x, const float* A,
                           const float* B, const float* weights, float* y, float* H, float scale, int64_t, int64_t,
-                          int64_t blocks, int64_t E, int64_t D, int64_t O, int64_t L, int threads) {
+                          int64_t blocks, int64_t E, int64_t D, int64_t O, int64_t L, int by_rank, int threads) {
     const Order order{token, pair, start, blocks, E};
-    const Linear call{order, x, A, B, weights, scale, D, O, L};
+    const Linear call{order, x, A, B, weights, scale, D, O, L, by_rank != 0};
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t block = 0; block < blocks; block++)
-        each_expert(order, block, [&](auto rows, int64_t s, int64_t e) { forward_rows<rows()>(call, s, e, y, H); });
+        each_expert(order, block, [&](int64_t s, int64_t end, int64_t e) { forward_pairs(call, s, end, e, y, H); });
 }
 
-// Gradients that are not null: dx is added to, dweights too if `add_weights`, dA [E, L, D] and dB [E, L, O] are written, empty
+// Gradients that are not null: dx is added to, dweights too if `add_weights`, dA [E, L, D] and dB, which lies as B, are written, empty
 // experts as zeros. G and dH [P, L] are scratch; G is needed for dB, dH for dx and dA.
 void moe_kit_lora_backward(const int32_t* token, const int32_t* pair, const int32_t* start, const float* x, const float* A,
                            const float* B, const float* weights, const float* H, const float* dy, float* dx, float* dweights,
                            float* dA, float* dB, float* G, float* dH, float scale, int64_t, int64_t, int64_t blocks, int64_t E,
-                           int64_t D, int64_t O, int64_t L, int add_weights, int threads) {
+                           int64_t D, int64_t O, int64_t L, int by_rank, int add_weights, int threads) {
     const Order order{token, pair, start, blocks, E};
-    const Linear call{order, x, A, B, weights, scale, D, O, L};
+    const Linear call{order, x, A, B, weights, scale, D, O, L, by_rank != 0};
     const Gradients to{H, dy, dx, dweights, G, dH, add_weights != 0};
     // as wide as the threads allow: what one task writes is one piece of memory, whose pages are often touched for the first time
     const int64_t parts = (TASKS_A_THREAD * threads + E - 1) / E;
@@ -298,16 +422,21 @@ void moe_kit_lora_backward(const int32_t* token, const int32_t* pair, const int3
     {
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++)
-            each_expert(order, block, [&](auto rows, int64_t s, int64_t e) { backward_rows<rows()>(call, to, s, e); });
+            each_expert(order, block, [&](int64_t s, int64_t end, int64_t e) { backward_pairs(call, to, s, end, e); });
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < E * tasks; task++) {
             const int64_t e = task / tasks, part = task % tasks;
             if (part < tasks_A) {
                 const int64_t w = part * wide_A;
-                sum_pairs(order, e, dH, x, D, L, dA + e * L * D, w, std::min(D, w + wide_A));
+                sum_pairs(order, e, dH, x, w, std::min(D, w + wide_A), Sums<false>{dA + e * L * D, D, L});
             } else {
                 const int64_t w = (part - tasks_A) * wide_B;
-                sum_pairs(order, e, G, dy, O, L, dB + e * L * O, w, std::min(O, w + wide_B));
+                float* out = dB + e * L * O;
+                const int64_t end = std::min(O, w + wide_B);
+                if (by_rank)
+                    sum_pairs(order, e, G, dy, w, end, Sums<false>{out, O, L});
+                else
+                    sum_pairs(order, e, G, dy, w, end, Sums<true>{out, O, L});
             }
         }
     }
@@ -316,7 +445,8 @@ void moe_kit_lora_backward(const int32_t* token, const int32_t* pair, const int3
 // y [T, O] += experts of x [T, D] for a table of ids [T, slots] with few pairs: sorted here, on each thread those of its tokens.
 // Returns the lowest id; with one below -1 nothing is written.
 int64_t moe_kit_lora_table(const int64_t* ids, const float* x, const float* A, const float* B, const float* weights, float* y,
-                           float scale, int64_t T, int64_t slots, int64_t E, int64_t D, int64_t O, int64_t L, int threads) {
+                           float scale, int64_t T, int64_t slots, int64_t E, int64_t D, int64_t O, int64_t L, int by_rank,
+                           int threads) {
     const int64_t P = T * slots;
     int64_t lowest = P > FEW_PAIRS ? INT64_MIN : 0;
     for (int64_t p = 0; p < P; p++) lowest = std::min(lowest, ids[p]);
@@ -333,11 +463,10 @@ int64_t moe_kit_lora_table(const int64_t* ids, const float* x, const float* A, c
         }
         for (int64_t s = 0; s < count; s++) token[s] = static_cast<int32_t>(pair[s] / slots);
         const Order order{token, pair, nullptr, 1, E};
-        const Linear call{order, x, A, B, weights, scale, D, O, L};
+        const Linear call{order, x, A, B, weights, scale, D, O, L, by_rank != 0};
         for (int64_t s = 0, end = 0; s < count; s = end) {
             while (end < count && ids[pair[end]] == ids[pair[s]]) end++;
-            each_rows(token, s, end, ids[pair[s]],
-                      [&](auto rows, int64_t first, int64_t e) { forward_rows<rows()>(call, first, e, y, nullptr); });
+            forward_pairs(call, s, end, ids[pair[s]], y, nullptr);
         }
     }
     return lowest;

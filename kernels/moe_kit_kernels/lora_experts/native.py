@@ -15,7 +15,6 @@ from torch import Tensor
 from moe_kit_kernels.common.checks import fail
 from moe_kit_kernels.common.native import Native, is_plain, is_watched
 from moe_kit_kernels.lora_experts.call import Call, Gradients, Needs, finished, started
-from moe_kit_kernels.lora_experts.cpu import is_joined
 from moe_kit_kernels.route_plan import RoutePlan
 
 MAX_RANK = 256
@@ -31,7 +30,9 @@ _FEW_PAIRS = 128
 
 _ORDER = "token:int32[P] pair:int32[P] start:int32[blocks*E+2]"
 _BANK = "x:float32[T*D] A:float32[E*L*D] B:float32[E*O*L]"
-_SIZES = f"scale:float T:int64 P:int64<={2**31 - 1} blocks:int64 E:int64 D:int64 O:int64 L:int64<={MAX_RANK}"
+_SIZES = (
+    f"scale:float T:int64 P:int64<={2**31 - 1} blocks:int64 E:int64 D:int64 O:int64 L:int64<={MAX_RANK} by_rank:int"
+)
 NATIVE = Native(
     Path(__file__).with_name("native.cpp"),
     moe_kit_order="expert:int64[P] token?:int64[P] by_token?:int64[P] sorted_token:int32[P] sorted_pair:int32[P] "
@@ -41,7 +42,7 @@ NATIVE = Native(
     "dweights?:float32[P] dA?:float32[E*L*D] dB?:float32[E*O*L] G?:float32[P*L] dH?:float32[P*L] "
     f"{_SIZES} add_weights:int threads:int",
     moe_kit_lora_table=f"ids:int64[T*slots] {_BANK} weights:float32[T*slots] y:float32[T*O] scale:float T:int64 slots:int64 "
-    f"E:int64 D:int64 O:int64 L:int64<={MAX_RANK} threads:int",
+    f"E:int64 D:int64 O:int64 L:int64<={MAX_RANK} by_rank:int threads:int",
 )
 
 
@@ -135,9 +136,11 @@ def is_few(ids_TK: Tensor) -> bool:
     return ids_TK.numel() <= _FEW_PAIRS
 
 
-def _rows(B_EOL: Tensor) -> Tensor:
-    """[E, L, O] contiguous: B as its bank keeps it, or a copy."""
-    return B_EOL.transpose(1, 2).contiguous()
+def _as_it_lies(B_EOL: Tensor) -> tuple[Tensor, bool]:
+    """B contiguous, and whether as [E, L, O] instead of [E, O, L]: no copy of either."""
+    if not B_EOL.is_contiguous() and (b_ELO := B_EOL.transpose(1, 2)).is_contiguous():
+        return b_ELO, True
+    return B_EOL.contiguous(), False
 
 
 def add(
@@ -154,10 +157,10 @@ def add(
         O, L = b_EOL.shape[1:]
         y_TO = started(base_TO, x_TD, O, owned)
         threads = _threads(P * L * (D + O))
-        a_ELD, b_ELO = a_ELD.contiguous(), _rows(b_EOL)
+        a_ELD, (b, by_rank) = a_ELD.contiguous(), _as_it_lies(b_EOL)
         H_PL = x_TD.new_empty(P, L) if keep else None
         order = Order.of(plan, threads)
-        forward(*order.places, x_TD, a_ELD, b_ELO, weights, y_TO, H_PL, scale, *order.sizes, D, O, L, threads)
+        forward(*order.places, x_TD, a_ELD, b, weights, y_TO, H_PL, scale, *order.sizes, D, O, L, by_rank, threads)
         kept.append(H_PL)
         results.append(finished(y_TO, base_TO, owned))
     return results, tuple(kept) if keep else ()
@@ -197,11 +200,11 @@ def add_table(
     (T, K), (E, O, L) = ids_TK.shape, B_EOL.shape
     ids_TK, x_TD, weights_TK = ids_TK.to(torch.int64).contiguous(), x_TD.contiguous(), weights_TK.contiguous()
     y_TO = started(base_TO, x_TD, O, owned)
-    a_ELD, b_ELO = A_ELD.contiguous(), _rows(B_EOL)
+    a_ELD, (b, by_rank) = A_ELD.contiguous(), _as_it_lies(B_EOL)
     D = x_TD.shape[1]
     threads = min(max(1, T), _threads(T * K * L * (D + O)))
-    tensors = (ids_TK, x_TD, a_ELD, b_ELO, weights_TK, y_TO)
-    lowest = NATIVE.functions.moe_kit_lora_table(*tensors, scale, T, K, E, D, O, L, threads)
+    tensors = (ids_TK, x_TD, a_ELD, b, weights_TK, y_TO)
+    lowest = NATIVE.functions.moe_kit_lora_table(*tensors, scale, T, K, E, D, O, L, by_rank, threads)
     if lowest < -1:
         raise fail(operator, "the smallest expert id", lowest, "-1 or more", "Mark empty slots with -1")
     return finished(y_TO, base_TO, owned)
@@ -212,14 +215,15 @@ class DecodeBanks:
 
     Args:
         A: down projections [E, L_i, D], contiguous.
-        B: up projections [E, O_i, L_i], kept as [E, L_i, O_i].
+        B: up projections [E, O_i, L_i], contiguous or kept as [E, L_i, O_i].
     """
 
     def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
         self.function = NATIVE.functions.moe_kit_lora_table
-        self.banks = [
-            (a.detach(), _rows(b.detach()), (a.shape[0], a.shape[2], *b.shape[1:])) for a, b in zip(A, B, strict=True)
-        ]
+        self.banks = []
+        for a, b_EOL in zip(A, B, strict=True):
+            b, by_rank = _as_it_lies(b_EOL.detach())
+            self.banks.append((a.detach(), b, (a.shape[0], a.shape[2], *b_EOL.shape[1:], by_rank)))
 
     @staticmethod
     def of(A: Sequence[Tensor], B: Sequence[Tensor]) -> "DecodeBanks | None":
@@ -229,7 +233,8 @@ class DecodeBanks:
             A: down projections [E, L_i, D].
             B: up projections [E, O_i, L_i].
         """
-        lies = all(a.is_contiguous() and is_joined(b) for a, b in zip(A, B, strict=True))
+        # a copy would not follow what is written to the bank
+        lies = all(t.is_contiguous() for t in A) and all(_as_it_lies(t)[0].data_ptr() == t.data_ptr() for t in B)
         return DecodeBanks(A, B) if lies and all(takes(a.shape[1], a, b) for a, b in zip(A, B, strict=True)) else None
 
     @staticmethod
@@ -273,11 +278,11 @@ def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Te
     dA: list[Tensor | None] = [None] * n
     dB: list[Tensor | None] = [None] * n
     for i, (dy_TO, a_ELD, b_EOL) in enumerate(zip(dys, A, B, strict=True)):
-        dy_TO, a_ELD, b_ELO = dy_TO.contiguous(), a_ELD.contiguous(), _rows(b_EOL)
-        L, O = b_ELO.shape[1:]
+        dy_TO, a_ELD, (b, by_rank) = dy_TO.contiguous(), a_ELD.contiguous(), _as_it_lies(b_EOL)
+        O, L = b_EOL.shape[1:]
         threads = _threads(3 * P * L * (D + O))
         dA[i] = torch.empty_like(a_ELD) if needs.A[i] else None
-        dB_ELO = torch.empty_like(b_ELO) if needs.B[i] else None
+        db = torch.empty_like(b) if needs.B[i] else None
         G_PL = dy_TO.new_empty(P, L) if needs.B[i] else None
         dH_PL = dy_TO.new_empty(P, L) if needs.x or needs.A[i] else None
         order = Order.of(plan, threads)
@@ -285,14 +290,14 @@ def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Te
             *order.places,
             x_TD,
             a_ELD,
-            b_ELO,
+            b,
             weights,
             kept[i] if kept else None,
             dy_TO,
             dx if needs.x else None,
             dweights,
             dA[i],
-            dB_ELO,
+            db,
             G_PL,
             dH_PL,
             scale,
@@ -300,10 +305,9 @@ def gradients(call: Call, needs: Needs, kept: Sequence[Tensor], dys: Sequence[Te
             D,
             O,
             L,
+            by_rank,
             i > 0,
             threads,
         )
-        if dB_ELO is not None:
-            # a view in the layout of a bank that keeps B as [E, L, O]
-            dB[i] = dB_ELO.transpose(1, 2)
+        dB[i] = db.transpose(1, 2) if by_rank and db is not None else db
     return dx if needs.x else None, dweights, dA, dB

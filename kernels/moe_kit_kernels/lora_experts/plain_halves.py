@@ -102,12 +102,10 @@ def up(H_PL: Tensor, B_EOL: Tensor, plan: RoutePlan, weights: Tensor, scale: flo
     dtype = torch.promote_types(H_PL.dtype, B_EOL.dtype)
     factor_P1 = weights.reshape(-1, 1) * scale
     G_TC = _spread_sum((H_PL * factor_P1).masked_fill_(dropped_pairs(plan), 0).to(dtype), plan)
-    Bt_CO = cpu.join_up(B_EOL, dtype).t()
-    if base_TO is None:
-        return (G_TC @ Bt_CO).to(H_PL.dtype)
-    if base_TO.dtype == dtype:
-        return torch.addmm(base_TO, G_TC, Bt_CO)
-    return (G_TC @ Bt_CO).add_(base_TO).to(base_TO.dtype)
+    if base_TO is not None and base_TO.dtype == dtype:
+        return cpu.add_up(base_TO, G_TC, B_EOL, owned=False)
+    y_TO = cpu.add_up(None, G_TC, B_EOL, owned=True)
+    return y_TO.to(H_PL.dtype) if base_TO is None else y_TO.add_(base_TO).to(base_TO.dtype)
 
 
 def up_backward(
@@ -137,19 +135,19 @@ def up_backward(
     Returns:
         dH [P, L], dB [E, O, L] and dw in the shape of the weights; None where not wanted.
     """
-    E, O, L = B_EOL.shape
+    L = B_EOL.shape[2]
     dtype = torch.promote_types(H_PL.dtype, B_EOL.dtype)
     dyc_TO = dy_TO.to(dtype)
     dropped_P1 = dropped_pairs(plan)
     factor_P1 = weights.reshape(-1, 1) * scale
     dH = dB = dweights = None
     if need_H or need_weights:
-        U_PL = _gather(dyc_TO @ cpu.join_up(B_EOL, dtype), plan, L).to(factor_P1.dtype)
+        U_PL = _gather(cpu.project(dyc_TO, B_EOL), plan, L).to(factor_P1.dtype)
         if need_weights:
             dweights = (U_PL * H_PL).sum(-1, keepdim=True).mul_(scale).masked_fill_(dropped_P1, 0).view_as(weights)
         if need_H:
             dH = U_PL.mul_(factor_P1).masked_fill_(dropped_P1, 0).to(H_PL.dtype)
     if need_B:
         G_TC = _spread_sum((H_PL * factor_P1).masked_fill_(dropped_P1, 0).to(dtype), plan)
-        dB = (dyc_TO.t() @ G_TC).view(O, E, L).permute(1, 0, 2).to(B_EOL.dtype).contiguous()
+        dB = cpu.up_gradient(dyc_TO, G_TC, B_EOL)
     return dH, dB, dweights

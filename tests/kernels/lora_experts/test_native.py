@@ -107,8 +107,12 @@ def test_banks_of_a_step_of_decoding(T):
     banks.add(found, x, ids, weights, 0.7)
     for y, start in zip(found, (base, base * 2), strict=True):
         assert torch.equal(y, call("native", ids)(x, A, joined, weights, start))
+    # contiguous or as [E, L, O]: the same bits
+    again = [base.clone()]
+    native.DecodeBanks.of([A], [B.detach().contiguous()]).add(again, x, ids, weights, 0.7)
+    assert torch.equal(again[0], found[0])
     # what lies otherwise would have to be copied each time
-    assert native.DecodeBanks.of([A], [B.detach().contiguous()]) is None
+    assert native.DecodeBanks.of([A], [B.detach().repeat_interleave(2, dim=2)[..., ::2]]) is None
     assert native.DecodeBanks.of([A.double()], [joined.double()]) is None
     assert not banks.take(ids, weights.double())
     assert not banks.take(ids.expand(200, T, 2).reshape(-1, 2), weights)
@@ -137,6 +141,21 @@ def test_non_contiguous(poison_empty):
     expected = torch.autograd.grad(call("reference", ids)(x, A, B, weights).sum(), [x, B])
     for found, wanted in zip(torch.autograd.grad(y.sum(), [x, B]), expected, strict=True):
         assert_close("y", found, wanted)
+
+
+@pytest.mark.parametrize("case", WIDE)
+def test_how_B_lies_changes_no_bit(case, poison_empty):
+    """Contiguous, or as [E, L, O]; its gradient lies like it."""
+    x, A, B, base, ids, weights = make(**WIDE[case], dtype=torch.float32)
+    found = []
+    for b in (B.detach().contiguous(), B.detach().transpose(1, 2).contiguous().transpose(1, 2)):
+        b.requires_grad_()
+        found.append(everything(x, A, b, base, ids, weights))
+        assert found[-1][3].stride() == b.stride()
+        with torch.no_grad():
+            found[-1].append(call("native", ids[:3])(x[:3], A, b, weights[:3], base[:3]))
+            assert torch.equal(found[-1][-1], found[-1][0][:3])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("wanted", ["x", "A", "B", "weights"])
@@ -260,13 +279,13 @@ def test_other_vector_widths(machine, tmp_path, monkeypatch, poison_empty):
 
 # what a hand-written kernel gets wrong: (text, what replaces it)
 PLANTED = {
-    "last columns of y": ("for (; w < W; w++)", "for (; false;)"),
+    "last columns of y": ("for (; w < end; w++, m++)", "for (; false;)"),
     "last columns of a product": ("rest < W; rest++", "rest < w; rest++"),
     "last columns of a gradient": ("for (; w < end; w++)", "for (; false;)"),
     "last ranks": ("for (; l < L; l++) dots", "for (; false;) dots"),
     "two rows that are one": (" && token[s + count] != token[s + count - 1]", ""),
     "the last pair of an expert": ("bounds[1]; s++) {", "bounds[1] - 1; s++) {"),
-    "the expert of a segment": ("start[e + 1], e, rows)", "start[e + 1], 0, rows)"),
+    "the expert of a segment": ("pairs(start[e], start[e + 1], e)", "pairs(start[e], start[e + 1], 0)"),
     "H in sorted order": ("memcpy(H + p * L,", "memcpy(H + (first + r) * L,"),
     "scale of the weights' gradient": ("fused(call.scale, sum,", "fused(1, sum,"),
     "weights of the first projection": ("to.add_weights ? to.dweights[p] : 0", "0"),

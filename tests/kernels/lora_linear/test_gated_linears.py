@@ -118,6 +118,8 @@ def test_only_wanted_gradients(wanted):
 def test_ties_go_to_the_lowest_index():
     given = {name: value.float() for name, value in inputs(1).items()}
     given["router"] = torch.ones_like(given["router"]).requires_grad_()
+    # whole numbers of sixteenths, whose sums are exact: a library's product may round equal columns differently
+    given["x"] = (given["x"].detach() * 16).round() / 16
     weights, biases, A, B = parts(1, given)
     _, ids, chosen, _ = GatedLinears.apply("dense", 2, 1.0, given["x"], given["router"], *weights, *biases, *A, *B)
     assert torch.equal(ids, torch.tensor([[0, 1]]).expand_as(ids))
