@@ -65,7 +65,17 @@ def base_with(name):
     return base
 
 
-NAMES = ["regressor", "lora_head", "moe_adapter_head", "moe_depth_head", "scorer", "select", "up", "moe_adapter_router", "bank"]
+NAMES = [
+    "regressor",
+    "lora_head",
+    "moe_adapter_head",
+    "moe_depth_head",
+    "scorer",
+    "select",
+    "up",
+    "moe_adapter_router",
+    "bank",
+]
 
 
 @pytest.mark.parametrize("kind", ["lora", "routed", "depth"])
