@@ -31,6 +31,7 @@ _LAZY = {
     "load_adapters": "moe_kit.hf.saving",
     "save_adapters": "moe_kit.hf.saving",
     "RoutedTrainer": "moe_kit.training.trainer",
+    "param_groups": "moe_kit.training.trainer",
     "RoutingMetricsCallback": "moe_kit.training.routing_log",
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "TrainingError",
     "force_experts",
     "load_adapters",
+    "param_groups",
     "record_routing",
     "replay_routing",
     "routing_inputs",

@@ -1,5 +1,6 @@
 """Routed adapters as a PEFT method: configuration, layer, tuner and presets."""
 
+import moe_kit.adapters.optimizers  # noqa: F401  completes PEFT's
 from moe_kit.adapters.collapse import collapse_to_lora
 from moe_kit.adapters.config import RoutedAdapterConfig
 from moe_kit.adapters.layer import RoutedLayer

@@ -63,33 +63,46 @@ class PolicyConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}.")
 
 
-def param_groups(model: nn.Module, lr: float, router_lr: float | None = None, weight_decay: float = 0.0) -> list[dict]:
-    """Optimizer groups with a learning rate of their own for routers.
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    router_lr: float | None = None,
+    weight_decay: float = 0.0,
+    loraplus_lr_ratio: float = 1.0,
+) -> list[dict]:
+    """Optimizer groups with learning rates of their own for routers, and for the experts' B.
 
     Args:
         model: a model with adapters; parameters that are not trained are left out.
         lr: learning rate of everything else.
         router_lr: learning rate of all routers; None = each adapter's own `router_lr`, or `lr` where it has none.
         weight_decay: decay of the adapters; routers get none, since decay pulls their scores together.
+        loraplus_lr_ratio: the experts' B and LoRA's learn so many times faster than `lr` (LoRA+, arXiv 2402.12354).
 
     Returns:
-        Groups for any torch optimizer: everything else, then one for each learning rate of routers. Pass them as
+        Groups for any torch optimizer: everything else, B where it has a rate of its own, then one for each learning
+        rate of routers. Pass them as
         `optimizers=(AdamW(param_groups(...)), None)`.
     """
     configs = getattr(model, "peft_config", {})
     own = {name: getattr(config, "router_lr", None) for name, config in configs.items()}
     routers: dict[float, list[nn.Parameter]] = {}
     others: list[nn.Parameter] = []
+    fast: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         _, is_router, rest = name.partition(".moe_adapter_router.")
         if not is_router:
-            others.append(parameter)
+            is_b = ".lora_B." in name or (".moe_adapter_bank." in name and name.endswith(".B"))
+            (fast if is_b and loraplus_lr_ratio != 1 else others).append(parameter)
             continue
         rate = own.get(rest.partition(".")[0]) if router_lr is None else router_lr
         routers.setdefault(lr if rate is None else rate, []).append(parameter)
-    groups = [{"params": others, "lr": lr, "weight_decay": weight_decay}]
+    groups = [
+        {"params": params, "lr": rate, "weight_decay": weight_decay}
+        for params, rate in ((others, lr), (fast, lr * loraplus_lr_ratio))
+    ]
     groups += [{"params": params, "lr": rate, "weight_decay": 0.0} for rate, params in routers.items()]
     return [group for group in groups if group["params"]]
 

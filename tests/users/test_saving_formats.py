@@ -65,7 +65,17 @@ def base_with(name):
     return base
 
 
-NAMES = ["regressor", "lora_head", "moe_adapter_head", "moe_depth_head", "scorer", "select", "up", "moe_adapter_router", "bank"]
+NAMES = [
+    "regressor",
+    "lora_head",
+    "moe_adapter_head",
+    "moe_depth_head",
+    "scorer",
+    "select",
+    "up",
+    "moe_adapter_router",
+    "bank",
+]
 
 
 @pytest.mark.parametrize("kind", ["lora", "routed", "depth"])
@@ -100,13 +110,14 @@ def test_a_name_of_ours_alone_is_refused():
 
 
 def test_stacks_of_experts_keep_their_adapters():
-    """DeepSeek has a dense first layer: its `down_proj` is meant, and not the LoRAs on the experts' stacks of that name."""
-    config = routed(
-        target_modules=None, target_parameters=["experts.down_proj"], modules_to_save=["layers.0.mlp.down_proj"]
-    )
+    """DeepSeek has dense MLPs: their `down_proj` is meant, and not the LoRAs on the experts' stacks of that name."""
+    config = routed(target_modules=None, target_parameters=["experts.down_proj"], modules_to_save=["down_proj"])
     model = get_peft_model(tiny_moe("DeepseekV3"), config)
     keys = [key for key, _ in model.named_parameters() if "modules_to_save" in key]
-    assert keys == ["base_model.model.model.layers.0.mlp.down_proj.modules_to_save.default.weight"]
+    assert [key.removeprefix("base_model.model.model.") for key in keys] == [
+        "layers.0.mlp.down_proj.modules_to_save.default.weight",
+        "layers.1.mlp.shared_experts.down_proj.modules_to_save.default.weight",
+    ]
 
 
 def test_all_inner_names_are_known():
