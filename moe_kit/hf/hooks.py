@@ -7,7 +7,7 @@ pass of the whole model is under way.
 
 The closing hook adds the auxiliary losses to the model's loss, multiplied by (local label tokens) /
 `num_items_in_batch`, so that the gradient does not depend on how a batch is split over accumulation steps and
-processes. Where a trainer computes its own loss they reach it as `outputs.aux_loss` (see `delivery.py`).
+processes. How they reach the loss of a trainer that computes its own is told in `delivery.py`.
 
 Each part called inside a pass has a context of its own, and recomputation finds the context of its own pass: see
 `passes.py`. The hooks write to the pass's context, so `torch.compile(fullgraph=True)` together with gradient

@@ -30,6 +30,8 @@ TYPED = {**AUX, "preset": "dense_lora_moe", "losses": {"cv_typed": 1.0}, "loss_o
 CASES = {
     "micro": (Trainer, AUX, {}),
     "global": (Trainer, {**AUX, "balance_scope": "global"}, {}),
+    "micro_smoothed": (Trainer, AUX, {"label_smoothing_factor": 0.1}),
+    "micro_unused": (Trainer, AUX, {"label_smoothing_factor": 0.1, "ddp_find_unused_parameters": True}),
     "global_smoothed": (RoutedTrainer, {**AUX, "balance_scope": "global"}, {"label_smoothing_factor": 0.1}),
     "micro_typed": (TypedTrainer, TYPED, {"remove_unused_columns": False}),
     "global_typed": (TypedTrainer, {**TYPED, "balance_scope": "global"}, {"remove_unused_columns": False}),
