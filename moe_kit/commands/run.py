@@ -24,7 +24,7 @@ routers load there like any other PEFT adapter. Without it such tools stop with 
 
 examples
   moe-kit run -m lm_eval --model hf --model_args pretrained=BASE,peft=DIR --tasks arc_easy
-  moe-kit run -m transformers.cli.transformers serve DIR
+  moe-kit run -m transformers.cli.transformers serve DIR    (DIR: the base's files with the adapter's beside them)
   accelerate launch -m moe_kit run -m lm_eval ...     several processes: each runs `python -m moe_kit run ...`
 
 In a script of your own one line does the same, above the first adapter that is loaded: import moe_kit
