@@ -1,10 +1,10 @@
-# make env | demo | test | test-sanitize | check | bench | aot
+# make env | demo | test | test-slow | test-sanitize | check | bench | aot
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo test test-sanitize check lint types docs bench aot aot-first clean
+.PHONY: env demo test test-slow test-sanitize check lint types docs bench aot aot-first clean
 
 env: $(STAMP)
 
@@ -22,7 +22,11 @@ demo: env
 
 # one thread a worker: tests are small, and two workers with two threads each would get in each other's way
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_ARGS)
+
+# wide tables of cells whose diagonal `make test` runs
+test-slow: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(PYTEST_ARGS)
 
 # the C++ under AddressSanitizer and UndefinedBehaviorSanitizer; python itself leaks on purpose
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
