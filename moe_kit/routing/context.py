@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moe_kit.errors import RoutingError
@@ -63,11 +63,14 @@ class InputIdentity:
 
 def _address(x: Tensor) -> tuple | None:
     """Where a tensor lies and which state its numbers are in; None where that cannot be told."""
+    if type(x) not in (Tensor, nn.Parameter):
+        # the memory of a subclass (sharded, fake) is not where its numbers are
+        return None
     try:
         version = None if x.is_inference() else x._version
         return (x.data_ptr(), x.untyped_storage()._cdata, x.shape, x.stride(), x.dtype, version)
     except (RuntimeError, NotImplementedError):
-        # a tensor without memory (a meta tensor, a subclass)
+        # a tensor without memory, as under a transform of torch.func
         return None
 
 

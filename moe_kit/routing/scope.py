@@ -109,20 +109,7 @@ class SequenceScope:
         Raises:
             RoutingError: if tokens of several sequences lie in one row and nothing tells them apart.
         """
-        batch, length, width = x_BSD.shape
-        check_sequences(context, f"scope={self.name!r}")
-        sequence_T, count = context.sequence_T(batch, length, x_BSD.device)
-        prompt_T = context.prompt_mask_T(batch, length)
-        x_TD = x_BSD.reshape(-1, width)
-        mask_T = context.mask_T(batch, length)
-        mask_N = None if mask_T is None else pool_sum(mask_T[:, None].float(), sequence_T, count)[:, 0] > 0
-        if prompt_T is None:
-            prompt_T = torch.ones(batch * length, dtype=torch.bool, device=x_BSD.device)
-        sequence_N = torch.arange(count, device=x_BSD.device)
-        if self.pool == "inputs":
-            x_ND = pool_mean(x_TD.float(), sequence_T, count, prompt_T)
-            return Decisions(x_ND, sequence_T, sequence_N, count, mask_N)
-        return Decisions(x_TD, sequence_T, sequence_N, count, mask_N, pool_T=prompt_T)
+        return _pooled(self, x_BSD, context)
 
 
 @dataclass(frozen=True)
@@ -150,7 +137,7 @@ class RequestScope:
         if context.rows_known:
             context = replace(context, sequence_BS=None, num_sequences=None)
         # in a tower, whose rows are not the batch's, an image is what a request can tell
-        return SequenceScope(self.pool).decisions(x_BSD, context)
+        return _pooled(self, x_BSD, context)
 
 
 @dataclass(frozen=True)
@@ -190,6 +177,23 @@ class TaskScope:
         rows_B = torch.arange(batch, device=x_BSD.device)
         decision_T = rows_B.repeat_interleave(length, output_size=batch * length)
         return Decisions(None, decision_T, rows_B, batch, None, task_ids_N=task_ids_B)
+
+
+def _pooled(scope: SequenceScope | RequestScope, x_BSD: Tensor, context: RoutingContext) -> Decisions:
+    batch, length, width = x_BSD.shape
+    check_sequences(context, f"scope={scope.name!r}")
+    sequence_T, count = context.sequence_T(batch, length, x_BSD.device)
+    prompt_T = context.prompt_mask_T(batch, length)
+    x_TD = x_BSD.reshape(-1, width)
+    mask_T = context.mask_T(batch, length)
+    mask_N = None if mask_T is None else pool_sum(mask_T[:, None].float(), sequence_T, count)[:, 0] > 0
+    if prompt_T is None:
+        prompt_T = torch.ones(batch * length, dtype=torch.bool, device=x_BSD.device)
+    sequence_N = torch.arange(count, device=x_BSD.device)
+    if scope.pool == "inputs":
+        x_ND = pool_mean(x_TD.float(), sequence_T, count, prompt_T)
+        return Decisions(x_ND, sequence_T, sequence_N, count, mask_N)
+    return Decisions(x_TD, sequence_T, sequence_N, count, mask_N, pool_T=prompt_T)
 
 
 def check_sequences(context: RoutingContext, what: str) -> None:
