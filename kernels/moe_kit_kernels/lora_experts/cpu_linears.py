@@ -2,7 +2,8 @@
 
     y_i = x W_i^T + bias_i + scale * sum_k w_k B_i,e A_i,e x        for n projections i that share x and the routing
 
-The forms (`forms`) add into y and into dx where the base products have written them.
+The forms (`forms`) add into y and into dx where the base products have written them. On a half-precision base with float32 experts
+the base products are half, all else is float32, and y and dx are rounded once.
 
 Legend: T tokens, K slots a token, P pairs, E experts, D width in, O width out, L rank, n projections.
 """
@@ -33,10 +34,20 @@ def fits(x_TD: Tensor, weights: Tensor, bases: Sequence[Tensor], A: Sequence[Ten
         B: up projections.
 
     Returns:
-        True when all have one dtype, float32 or float64, and the experts one rank.
+        True when the experts have one rank and one dtype, float32 or float64, and x and the bases the same one, or a half
+        one beside float32.
     """
-    rank = A[0].shape[1]
-    return cpu_columns.one_dtype(x_TD, weights, *bases, *A, *B) and all(a.shape[1] == rank for a in A)
+    rank, dtype = A[0].shape[1], x_TD.dtype
+    alike = dtype is weights.dtype or (dtype in _HALVES and weights.dtype is torch.float32)
+    return (
+        alike
+        and cpu_columns.one_dtype(weights, *A, *B)
+        and all(w.dtype is dtype for w in bases)
+        and all(a.shape[1] == rank for a in A)
+    )
+
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def forward(
@@ -63,8 +74,13 @@ def forward(
         n results [T, O_i], and H as the form keeps it, or ().
     """
     bases, biases, A, B = _quarters(tensors)
-    results = [torch.nn.functional.linear(x_TD, w_OD, bias_O) for w_OD, bias_O in zip(bases, biases, strict=True)]
-    return FORMS[how].add(Call(plan, scale, x_TD, weights, A, B), results, keep=keep)
+    given, dtype = x_TD.dtype, weights.dtype
+    # to its own dtype a tensor is not copied
+    results = [
+        torch.nn.functional.linear(x_TD, w_OD, bias_O).to(dtype) for w_OD, bias_O in zip(bases, biases, strict=True)
+    ]
+    results, kept = FORMS[how].add(Call(plan, scale, x_TD.to(dtype), weights, A, B), results, keep=keep)
+    return [result.to(given) for result in results] if given is not dtype else results, kept
 
 
 def _backward(
@@ -78,9 +94,15 @@ def _backward(
     if needs.x:
         for dy_TO, frozen, weight in zip(dys, ctx.frozen, trained, strict=True):
             w_OD = take_weight(frozen, weight)
-            dx = torch.mm(dy_TO, w_OD) if dx is None else dx.addmm_(dy_TO, w_OD)
-    call = Call(plan, scale, x_TD, weights, A, B)
-    dx, dweights, dA, dB = FORMS[how].gradients(call, needs, kept, dys, dx)
+            if dx is None:
+                dx = torch.mm(dy_TO, w_OD).to(weights.dtype)
+            elif dx.dtype is dy_TO.dtype:
+                dx.addmm_(dy_TO, w_OD)
+            else:
+                dx += torch.mm(dy_TO, w_OD)
+    call = Call(plan, scale, x_TD.to(weights.dtype), weights, A, B)
+    wide = [dy_TO.to(weights.dtype) for dy_TO in dys]
+    dx, dweights, dA, dB = FORMS[how].gradients(call, needs, kept, wide, dx)
     dbase = [dy_TO.t() @ x_TD if need else None for dy_TO, need in zip(dys, need_base, strict=True)]
     dbias = [dy_TO.sum(0) if need else None for dy_TO, need in zip(dys, need_bias, strict=True)]
     return dx, dweights, [*dbase, *dbias, *dA, *dB]
@@ -132,7 +154,7 @@ def gated_forward(
 
 def _decide(x_TD: Tensor, router_ED: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, RoutePlan]:
     """Logits, ids, weights and plan of a linear router."""
-    logits_TE = torch.mm(x_TD, router_ED.t())
+    logits_TE = torch.mm(x_TD.to(router_ED.dtype), router_ED.t())
     ids_TK, weights_TK = gate(logits_TE, k)
     # the gate's own ids need no check
     return logits_TE, ids_TK, weights_TK, RoutePlan(ids_TK.reshape(-1), x_TD.shape[0], router_ED.shape[0], k)
@@ -157,7 +179,7 @@ class RoutedLinears(torch.autograd.Function):
         """Compute the gradients that are asked for."""
         x_TD, weights, *saved = ctx.saved_tensors
         dx, dweights, others = _backward(ctx, x_TD, weights, saved, dys)
-        return None, None, None, dx, dweights, *others
+        return None, None, None, None if dx is None else dx.to(x_TD.dtype), dweights, *others
 
 
 class GatedLinears(torch.autograd.Function):
@@ -205,5 +227,5 @@ class GatedLinears(torch.autograd.Function):
             if ctx.needs.x:
                 dx = torch.mm(dlogits, router_ED) if dx is None else dx.addmm_(dlogits, router_ED)
             if ctx.needs_input_grad[4]:
-                drouter = torch.mm(dlogits.t(), x_TD)
-        return None, None, None, dx, drouter, *others
+                drouter = torch.mm(dlogits.t(), x_TD.to(dlogits.dtype))
+        return None, None, None, None if dx is None else dx.to(x_TD.dtype), drouter, *others

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_kit_kernels.common.autocast import autocast_dtype, cast_all, no_autocast
 from moe_kit_kernels.common.checks import fail
+from moe_kit_kernels.common.native import is_plain
 from moe_kit_kernels.lora_experts import cpu, cpu_columns, cpu_linears, cpu_pairs, native, ops  # noqa: F401 (ops registers the operators)
 from moe_kit_kernels.lora_experts.autograd import DenseLoraGroup, Group, dense_forward
 from moe_kit_kernels.lora_experts.call import Call
@@ -83,7 +84,7 @@ def run_experts(
     if backend == "native":
         native.check(operator, L, x_TD, A_ELD, B_EOL, weights, base_TO)
     elif backend == "auto":
-        compiled = _compiled(x_TD, L, A_ELD, B_EOL, weights, base_TO)
+        compiled = _compiled(x_TD, L, x_TD, A_ELD, B_EOL, weights, base_TO)
         sizes = (T, weights.numel(), E, L, D, O, x_TD.element_size())
         no_decode = training or of_pairs(decision)
         backend = "dense" if everyone else choose(*sizes, no_decode, x_TD.device, False, compiled)
@@ -170,10 +171,17 @@ def _plan_for(how: str, operator: str, T: int, E: int, decision: Decision) -> Ro
     return all_experts_plan(T, E, decision.weights.device) if plan is None and how == "native" else plan
 
 
-def _compiled(x_TD: Tensor, rank: int, *others: Tensor | None) -> bool:
-    """Whether the C++ may run a call."""
+def _compiled(x_TD: Tensor, rank: int, *tensors: Tensor | None) -> bool:
+    """Whether the C++ may run a call on the device of x with some tensors."""
     plain = autocast_dtype(x_TD.device) is None and not uses_triton(x_TD.device)
-    return plain and native.serves(rank, x_TD, *others)
+    return plain and native.serves(rank, *tensors)
+
+
+def _compiled_linears(x_TD: Tensor, rank: int, bases: Sequence[Tensor], *others: Tensor) -> bool:
+    """Whether the C++ may run the experts of linears, which may be half where the experts are float32."""
+    dtype = x_TD.dtype
+    plain = is_plain(x_TD, *bases, dtype=dtype) and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return plain and _compiled(x_TD, rank, *others)
 
 
 def _traced(
@@ -248,15 +256,18 @@ def run_linears(
     if backend == "native":
         native.check(operator, rank, x_TD, decision.weights, *weights_OD, *A, *B)
     elif backend == "auto":
-        compiled = _compiled(x_TD, rank, decision.weights, *weights_OD, *A, *B)
+        compiled = _compiled_linears(x_TD, rank, weights_OD, decision.weights, *A, *B)
         forward_only = not torch.is_grad_enabled() and not of_pairs(decision)
         sizes = (T, decision.weights.numel(), E, rank, D, width, x_TD.element_size())
         backend = "dense" if everyone else choose(*sizes, not forward_only, x_TD.device, native=compiled)
     if backend == "native" and not torch.is_grad_enabled() and _few(decision):
         check_decision(operator, T, E, decision)
-        call = (operator, decision.ids_TK, scale, x_TD, decision.weights)
-        linear, parts = torch.nn.functional.linear, zip(weights_OD, biases_O, A, B, strict=True)
-        return tuple(native.add_table(*call, linear(x_TD, w, bias), a, b, owned=True) for w, bias, a, b in parts)
+        call = (operator, decision.ids_TK, scale, x_TD.float(), decision.weights)
+        bases = [
+            torch.nn.functional.linear(x_TD, w, bias).float() for w, bias in zip(weights_OD, biases_O, strict=True)
+        ]
+        parts = zip(bases, A, B, strict=True)
+        return tuple(native.add_table(*call, base, a, b, owned=True).to(x_TD.dtype) for base, a, b in parts)
     if backend == "decode" and decision.ids_TK is not None and not compiling:
         plain = not torch.is_grad_enabled() and not uses_triton(x_TD.device) and autocast_dtype(x_TD.device) is None
         if plain and cpu_linears.fits(x_TD, decision.weights, weights_OD, A, B):
@@ -336,7 +347,7 @@ def run_gated_linears(
 
     Returns:
         Logits [T, E], ids [T, K], weights [T, K] and n results [T, O_i]; or None where `run_linears` must do it: in a
-        trace, on an accelerator, under autocast, in mixed dtypes, or for a token or two without gradients.
+        trace, on an accelerator, under autocast, in other dtypes than `cpu_linears.fits` names, or for a token or two without gradients.
     """
     if torch.compiler.is_compiling() or x_TD.device.type != "cpu":
         return None
@@ -351,7 +362,7 @@ def run_gated_linears(
     how = chosen_form(x_TD, *sizes, training=training)
     if how == "decode":
         return None
-    if native.serves(A[0].shape[1], x_TD, router_ED, *weights_OD, *A, *B):
+    if _compiled_linears(x_TD, A[0].shape[1], weights_OD, router_ED, *A, *B):
         how = chosen_form(x_TD, *sizes, training=training, native=True)
     if how == "sorted" and not cpu_pairs.fits(x_TD, weights_OD, A):
         return None

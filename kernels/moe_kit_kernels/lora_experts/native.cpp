@@ -25,7 +25,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int DOT_RANKS = 4, ADD_COLUMNS = 4, SUM_RANKS = 8, SUM_COLUMNS = 3, TURNED_COLUMNS = 3;
 #else
-constexpr int DOT_RANKS = 2, ADD_COLUMNS = 2, SUM_RANKS = 4, SUM_COLUMNS = 2, TURNED_COLUMNS = 1;
+constexpr int DOT_RANKS = 3, ADD_COLUMNS = 3, SUM_RANKS = 4, SUM_COLUMNS = 3, TURNED_COLUMNS = 1;
 #endif
 // ranks of a tile of B's gradient, which is turned in blocks of 8 by 8
 constexpr int TURNED_RANKS = 8;
@@ -105,6 +105,7 @@ template <int R>
 inline void down(const float* const* x, const float* m, int64_t W, int64_t L, float* h) {
     int64_t l = 0;
     for (; l + DOT_RANKS <= L; l += DOT_RANKS) dots<R, DOT_RANKS>(x, m + l * W, W, h + l, L);
+    for (; l + 2 <= L; l += 2) dots<R, 2>(x, m + l * W, W, h + l, L);
     for (; l < L; l++) dots<R, 1>(x, m + l * W, W, h + l, L);
 }
 
