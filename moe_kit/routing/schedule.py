@@ -79,8 +79,8 @@ class TwoStageEntropy(StepState):
     @property
     def ramp(self) -> Tensor:
         """How far stage 2 has come in, [] in [0, 1]; 0 in stage 1."""
-        switched_at = self.switched_at.detach()[0]
-        since = (self.steps.detach()[0] - switched_at).clamp(0, self.ramp_steps) / self.ramp_steps
+        switched_at = whole(self.switched_at)[0]
+        since = (whole(self.steps)[0] - switched_at).clamp(0, self.ramp_steps) / self.ramp_steps
         return torch.where(switched_at < 0, 0.0, since)
 
     def loss_factor(self, name: str) -> Tensor | float:

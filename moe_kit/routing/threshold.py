@@ -144,7 +144,7 @@ class SparsityController(StepState):
 
     def loss_factor(self, name: str) -> Tensor | float:
         """Lambda for the controlled loss."""
-        return self.strength.detach()[0] if name == self.loss else 1.0
+        return whole(self.strength)[0] if name == self.loss else 1.0
 
     def measure(self, routing: Routing) -> Tensor:
         """Active slots, all slots, and the active slots aimed at."""

@@ -1,6 +1,10 @@
 """Balance biases, thresholds and controllers move by the passes that train, and by nothing else."""
 
 import math
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -323,3 +327,68 @@ def test_a_router_cannot_be_put_back_into_partitions():
     model(**batch_of()).loss.backward()
     with pytest.raises(RoutingError, match="freeze_router=True"):
         engine.step()
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from tests.users.test_state_moves_with_training import SHARDED, train_rows, wrapped
+
+rank = int(sys.argv[1])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+found = {{}}
+for case, overrides in SHARDED:
+    model = wrapped(case, **overrides)
+    for module in model.modules():
+        for name, value in list(module._parameters.items()):
+            if value is not None and not value.is_contiguous():
+                module._parameters[name] = torch.nn.Parameter(value.detach().contiguous(), value.requires_grad)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    train_rows(model, [(rank,), (2 + rank,)], parts=2)
+    found[case] = {{name: value.full_tensor().detach() for name, value in model.named_parameters()}}
+if rank == 0:
+    torch.save(found, {out!r})
+dist.destroy_process_group()
+"""
+SHARDED = [
+    ("loss_free", {"router_freeze_after": 2}),
+    ("remoe", {}),
+    ("expert_choice", {}),
+    ("mixture_of_lora", {}),
+]
+
+
+def train_rows(model, passes, parts, steps=3):
+    """Steps of several passes over rows of a batch, each pass one of `parts` equal parts."""
+    batch, optimizer = batch_of(4), sgd(model)
+    for _ in range(steps):
+        for rows in passes:
+            (model(**{name: value[list(rows)] for name, value in batch.items()}).loss / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.slow
+def test_sharded_state_moves_as_in_one_process(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script, out = tmp_path / "worker.py", str(tmp_path / "found.pt")
+    script.write_text(WORKER.format(root=os.getcwd(), port=port, out=out))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    workers = [subprocess.Popen([sys.executable, script, str(rank)], env=environment) for rank in range(2)]
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    found = torch.load(out)
+    for case, overrides in SHARDED:
+        model = wrapped(case, **overrides)
+        fresh = state(model)
+        train_rows(model, [(0,), (1,), (2,), (3,)], parts=4)
+        assert not same(state(model), fresh)
+        for name, value in model.named_parameters():
+            assert torch.allclose(found[case][name], value, atol=2e-4), f"{case}: {name}"
