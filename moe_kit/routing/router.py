@@ -213,12 +213,7 @@ class Router(nn.Module):
         # from the dictionary: attribute lookup in a module is slow enough to be seen at one token
         score, select = self._modules["scorer"], self._modules["select"]
         # looked at in every pass: parts may be exchanged, and PEFT's `modules_to_save` may wrap one
-        return (
-            is_plain_linear(score)
-            and is_plain_top_k(select)
-            and is_untouched(score)
-            and is_untouched(select)
-        )
+        return is_plain_linear(score) and is_plain_top_k(select) and is_untouched(score) and is_untouched(select)
 
     def gate_parameters(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, int] | None:
         """What an operator needs that decides and applies the decision at one go; `decided` then completes it.
