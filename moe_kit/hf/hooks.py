@@ -104,7 +104,7 @@ class HookedRouting(ModelRouting):
 
     @context.setter
     def context(self, context: RoutingContext) -> None:
-        # for those who open a pass by hand; a forward pass of the model starts one with calls of parts
+        """Start a pass by hand; a forward pass of the model starts one with calls of its parts."""
         self.current = Pass(context)
 
     def context_of(self, place: Place) -> RoutingContext:
