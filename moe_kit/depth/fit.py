@@ -27,6 +27,7 @@ from moe_kit.depth.measure import forecast_losses, sum_losses
 from moe_kit.depth.state import DepthState, find_depth_state
 from moe_kit.depth.steer import force_layers
 from moe_kit.errors import ConfigError
+from moe_kit.routing.frozen import frozen_parameters
 from moe_kit.routing.policy import rloo_loss
 
 __all__ = [
@@ -43,11 +44,13 @@ Batch = dict[str, Tensor]
 
 
 def _learn_only(model: nn.Module, wanted: Callable[[str], bool]) -> list[nn.Parameter]:
-    """Give a gradient to the named parameters and to no others."""
+    """Give a gradient to the named parameters and to no others; frozen ones stay frozen."""
+    frozen = set(map(id, frozen_parameters(model)))
     chosen = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(wanted(name))
-        if wanted(name):
+        learns = wanted(name) and id(parameter) not in frozen
+        parameter.requires_grad_(learns)
+        if learns:
             chosen.append(parameter)
     return chosen
 

@@ -24,6 +24,8 @@ def scramble(model, seed=0, scale=0.7):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name.endswith(".action"):
+                continue
             if "moe_depth_router" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             elif "moe_depth_forecaster" in name:

@@ -366,10 +366,14 @@ def test_recomputation_finds_the_decisions_of_the_pass_with_a_graph(sharing, tmp
         torch.testing.assert_close(again[name], value, msg=name)
 
 
-def test_mean_of_recomputed_passes_refuses_a_router_for_the_whole_model(tmp_path):
-    model = remix_model(layers=(0, 1), targets=("q_proj",), router_sharing="model")
-    with pytest.raises(ConfigError, match="adapter_gradient"):
-        policy_gradients(model, True, batch_of(), tmp_path, adapter_gradient="mean")
+@pytest.mark.parametrize("sharing", ["input", "block", "model"])
+def test_the_mean_of_recomputed_passes_finds_the_decisions_of_each(sharing, tmp_path):
+    options = dict(layers=(0, 1), targets=("q_proj", "v_proj", "up_proj"), num_experts=4, router_sharing=sharing)
+    plain = policy_gradients(remix_model(**options), False, batch_of(), tmp_path, adapter_gradient="mean")
+    again = policy_gradients(remix_model(**options), True, batch_of(), tmp_path, adapter_gradient="mean")
+    assert plain.keys() == again.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value, msg=name)
 
 
 def test_passes_that_share_a_prefix_are_recomputed_one_by_one(tmp_path):
