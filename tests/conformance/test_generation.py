@@ -127,7 +127,8 @@ class TestGenerate:
         assert torch.equal(together[1, 5:], model.generate(input_ids=long, **options)[0, 5:])
 
     def test_right_padding_in_training(self):
-        model = routed(**EVERYTHING).train()
+        # in double precision: what padding does to the order of sums is not the question here
+        model = routed(**EVERYTHING).double().train()
         batch = batch_of(rows=1, length=5)
         # with padding on the left a first token could be predicted
         batch["labels"][:, 0] = -100
@@ -144,9 +145,9 @@ class TestGenerate:
             loss.backward()
             results.append((loss.detach(), gradients(model)))
         for loss, found in results[1:]:
-            assert_close("loss", loss, results[0][0])
+            assert_close("loss", loss, results[0][0], torch.float32)
             for key, value in found.items():
-                assert_close(key, value, results[0][1][key])
+                assert_close(key, value, results[0][1][key], torch.float32)
 
     def test_embeddings_instead_of_ids(self):
         model, batch = routed(scope="sequence"), prompts()
