@@ -20,7 +20,6 @@ from moe_kit.adapters.parts import build_bank, build_router, sizes_of
 from moe_kit.adapters.step import DecodeStep
 from moe_kit.errors import RoutingError
 from moe_kit.hf.hooks import HookedRouting
-from moe_kit.hf.sharing import reads_encoder
 from moe_kit.hf.tuner_layer import FrozenStateLayer
 from moe_kit.routing.context import InputIdentity, RoutingContext, SharedInput
 from moe_kit.routing.decision import Routing
@@ -56,7 +55,7 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         self.shares_any_input: dict[str, bool] = {}
         # adapter -> all linears that share its router and its input, this one included
         self.siblings: dict[str, list[RoutedLayer]] = {}
-        self.place = state.structure.place(path, reads_encoder(path))
+        self.place = state.structure.place(path, state.structure.reads_memory(path))
         self.width_in, self.width_out = linear_widths(self.get_base_layer())
         # PEFT's names of the same, which tools read on every tuner layer
         self.in_features, self.out_features = self.width_in, self.width_out

@@ -109,6 +109,11 @@ def context_of_rows(context: RoutingContext, own_B: Tensor, length: int) -> Rout
         RoutingError: if the rows of the pass are not the layer's.
     """
     batch = own_B.shape[0]
+    if not context.rows_known and not bool(own_B.all()):
+        raise RoutingError(
+            "adapter_names: an adapted tower (vision, audio, a projector) sees images or clips that may belong to any row: "
+            "leave the tower out with exclude_modules, or use one adapter a batch."
+        )
     masks: dict[str, Any] = {}
     for name in ("mask_BS", "prompt_mask_BS"):
         mask_BS = getattr(context, name)

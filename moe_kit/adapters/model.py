@@ -166,8 +166,9 @@ class RoutedAdapterModel(BaseTuner):
         owners = self._router_owners[adapter_name]
         group = router_group(current_key, peft_config.router_sharing)
         if peft_config.router_sharing == "model":
-            # a tower sees tokens of its own
-            group += attach(self.model).structure.tower(current_key)
+            # a tower sees tokens of its own, and so do the sides of a pair of models that name their layers alike
+            structure = attach(self.model).structure
+            group += structure.tower(current_key) + "#source" * structure.is_encoders(current_key)
         inference_mode = adapter_name not in self.active_adapters
         if isinstance(target, RoutedLayer):
             layer = target

@@ -5,7 +5,7 @@ Shapes: B rows, S sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_kit.depth.losses import Trace
 from moe_kit.depth.route import Route
 from moe_kit.hf.cache import CarriedDecisions
+from moe_kit.routing.decision import leaf_of
 
 if TYPE_CHECKING:
     from moe_kit.depth.tokens import TokenDecision
@@ -28,7 +29,7 @@ class DepthPass:
         carrier: decisions of the request.
         row_keys_B: int64 [B], a number for each row that depends on its prompt, for the random baseline.
         executing: units that are known to execute for every row, and need not be asked.
-        skipping: decoder layers that are known to be skipped by every row.
+        skipping: units of decoder layers that are known to be skipped by every row.
         traces: what units decided, in training.
         decisions: column -> what the tokens do there (token scope).
         foreign: True if the cache was filled without routes of the active adapter.
@@ -57,3 +58,19 @@ class DepthPass:
     cache: Any = None
     pooling: dict[tuple, Any] = field(default_factory=dict)
     used: tuple[str, Route, torch.device] | None = None
+
+    def for_recomputation(self) -> DepthPass:
+        """What recomputation reads of this pass, without a graph."""
+        decisions = {
+            column: replace(
+                decision,
+                trace=None,
+                gate_T=None if decision.gate_T is None else leaf_of(decision.gate_T),
+            )
+            for column, decision in self.decisions.items()
+        }
+        carrier = CarriedDecisions()
+        carrier.sites = dict(self.carrier.sites)
+        for name, note in self.carrier.notes.items():
+            carrier.notes[name] = note.without_units() if isinstance(note, Route) else note
+        return DepthPass(carrier, self.row_keys_B, decisions=decisions, pooling=dict(self.pooling), scores=self.scores)

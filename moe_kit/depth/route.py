@@ -59,6 +59,12 @@ class Route:
         """B."""
         return self.table_BU.shape[0]
 
+    def without_units(self) -> Route:
+        """The same decisions and plans, without a reference to the units that make them."""
+        copied = Route(self.table_BU)
+        copied.plans, copied.agreed, copied.drawn = self.plans, self.agreed, self.drawn
+        return copied
+
     def known(self, column: int) -> list[int] | None:
         """Action of each row at a unit, or None if a row is undecided."""
         actions = self._cells[:, column].tolist()

@@ -106,7 +106,11 @@ def main_context(
 
 
 def part_context(
-    module: nn.Module, arguments: dict[str, Any], whole: RoutingContext, rows_known: bool, is_decoder: bool
+    module: nn.Module,
+    arguments: dict[str, Any],
+    whole: RoutingContext,
+    rows_known: bool,
+    outer: RoutingContext | None,
 ) -> RoutingContext:
     """Context of the tokens that a part of a model is called with.
 
@@ -115,14 +119,14 @@ def part_context(
         arguments: its arguments by name.
         whole: context of what is called as a whole.
         rows_known: the part's rows are those of the batch.
-        is_decoder: the part reads what the whole is about.
+        outer: context of the part around it on the same side, if there is one.
 
     Returns:
-        `whole` itself where the decoder sees as many tokens as the whole was given, as in a language model.
+        `outer` itself where the part sees as many tokens, as the backbone of a language model does.
     """
     shape = _shape(arguments, *_TOKENS)
-    if is_decoder and whole.shape_BS is not None and shape is not None and tuple(shape) == tuple(whole.shape_BS):
-        return whole
+    if outer is not None and (shape is None or outer.fits(shape)):
+        return outer
     features = shape is None and _shape(arguments, *_FEATURES) is not None
     mask = _mask_of_features(arguments) if features else real_tokens(arguments.get("attention_mask"), shape)
     grid = next((arguments[name] for name in ("grid_thw", "image_grid_thw") if arguments.get(name) is not None), None)

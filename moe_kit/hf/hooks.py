@@ -264,17 +264,13 @@ def _start(state: HookedRouting, module: nn.Module, arguments: dict[str, Any]) -
         context.carried = _carried(module, arguments, generation)
         if context.carried is not None and not context.carried:
             _look_for_chunks()
-    previous = state.current
-    if not previous.context.policy_gradient:
-        previous.context.release()
     path = module.__dict__.get(_PATH, ROOT)
     known = state.structure.has_rows_of_batch(path)
     memory = memory_context(arguments, context, None, known)
     started = Pass(context, backward_task())
     started.enter(Call(path, context, memory, context, next_number()))
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        state.log.add(started)
     state.current = started
+    state.part = None
     state.opened_eagerly = not torch.compiler.is_compiling()
 
 
@@ -302,7 +298,9 @@ def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if structure.holds_decoder(path):
         context = current.context
     else:
-        context = part_context(module, arguments, current.context, known, path == structure.decoder)
+        around = structure.around(path)
+        outer = None if around is None else current.latest.get(around, current.calls[0])
+        context = part_context(module, arguments, current.context, known, None if outer is None else outer.context)
     encoder = None if structure.encoder is None else current.latest.get(structure.encoder)
     memory = memory_context(arguments, context, None if encoder is None else encoder.context, known)
     current.enter(Call(path, context, memory, context, next_number()))
@@ -357,7 +355,7 @@ def _end(state: HookedRouting, output: Any) -> None:
     state.close(None if output is None else tensors_of(output))
     current.close()
     if output is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        current.keep_with(output)
+        state.log.add(current.keep_with(output))
 
 
 def _close(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kit.errors import RoutingError
+from moe_kit.hf.sharing import is_memory, reads_encoder
 from moe_kit.routing.context import RoutingContext
 
 ROOT = ""
@@ -46,7 +47,7 @@ class Place:
     Attributes:
         chain: parts around it, innermost first, `ROOT` last.
         connecting: those of them that hold the text decoder without being it, if the layer lies directly in one.
-        reads_memory: keys and values of cross-attention, or a layer of an encoder.
+        reads_memory: keys and values of cross-attention, or a layer of an encoder that is no part.
     """
 
     chain: tuple[str, ...] = (ROOT,)
@@ -61,12 +62,14 @@ class Structure:
     Attributes:
         parts: their paths.
         decoder: the part that reads the text, or whatever else the model is about; `ROOT` if that is the model itself.
-        encoder: the encoder of an encoder-decoder model, whose rows are those of the batch; None in others.
+        encoder: the encoder of an encoder-decoder model; None in others.
+        towers: parts that read another kind of input than the part that they lie in, or than decoder and encoder.
     """
 
     parts: tuple[str, ...] = ()
     decoder: str = ROOT
     encoder: str | None = None
+    towers: frozenset[str] = frozenset()
 
     @staticmethod
     def of(model: nn.Module) -> Structure:
@@ -76,19 +79,55 @@ class Structure:
             model: any module; one that is no Hugging Face model has no parts.
         """
         paths = {id(module): path for path, module in model.named_modules()}
-        is_pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        return Structure(
-            tuple(parts_of(model)),
-            _path_from(model, "get_decoder", paths) or ROOT,
-            _path_from(model, "get_encoder", paths) if is_pair else None,
-        )
+        parts = parts_of(model)
+        pair, decoder, encoder = model, ROOT, None
+        while True:
+            found = _path_from(pair, "get_decoder", paths)
+            if getattr(getattr(pair, "config", None), "is_encoder_decoder", False):
+                encoder = _path_from(pair, "get_encoder", paths)
+            if found is None or found == decoder:
+                break
+            # the text part of a model with towers may be an encoder-decoder itself
+            decoder, pair = found, parts.get(found, model)
+        structure = Structure(tuple(parts), decoder, encoder)
+        modules = {ROOT: model, **parts}
+        towers = {path for path, part in parts.items() if not structure._reads_as_its_side(path, part, modules)}
+        return Structure(tuple(parts), decoder, encoder, frozenset(towers))
+
+    def _reads_as_its_side(self, path: str, part: nn.Module, modules: dict[str, nn.Module]) -> bool:
+        side = self._side(path)
+        if side is None or self.holds_decoder(path):
+            return self.holds_decoder(path)
+        kinds, own = _modalities(modules.get(side, part)), _modalities(part)
+        return "text" in own if "text" in kinds else bool(kinds & own)
+
+    def _side(self, part: str) -> str | None:
+        """The decoder or the encoder, whichever a part is or lies in."""
+        sides = (self.encoder, self.decoder)
+        return next((side for side in sides if side is not None and (part == side or _is_within(part, side))), None)
+
+    def around(self, part: str) -> str | None:
+        """The part whose tokens a part may see as well: the one around it on its side, the model for the decoder.
+
+        Args:
+            part: path of the part.
+
+        Returns:
+            None for an encoder, a tower, and whatever lies in one.
+        """
+        if part == self.decoder:
+            return ROOT
+        if part == self.encoder or not self.has_rows_of_batch(part):
+            return None
+        inner = [other for other in (*self.parts, ROOT) if other != part and _is_within(part, other)]
+        return max(inner, key=len)
 
     def place(self, path: str, reads_memory: bool = False) -> Place:
         """Where a module lies.
 
         Args:
             path: its path.
-            reads_memory: it reads keys and values of cross-attention, or lies in an encoder.
+            reads_memory: it reads keys and values of cross-attention, or lies in an encoder that is no part.
         """
         inner = sorted((part for part in self.parts if _is_within(path, part)), key=len, reverse=True)
         chain = (*inner, ROOT)
@@ -123,13 +162,30 @@ class Structure:
         return part != self.decoder and _is_within(self.decoder, part)
 
     def has_rows_of_batch(self, part: str) -> bool:
-        """Whether the rows of a part are those of the batch: it holds or is the decoder, or an encoder before it.
+        """Whether the rows of a part are those of the batch: it holds, is or lies in the decoder, or the encoder before it.
 
         Args:
             part: path of the part.
         """
-        sides = (self.decoder, self.encoder)
-        return any(side is not None and (part == side or _is_within(side, part)) for side in sides)
+        if any(part == tower or _is_within(part, tower) for tower in self.towers):
+            return False
+        return self.holds_decoder(part) or self._side(part) is not None
+
+    def reads_memory(self, path: str) -> bool:
+        """Whether a layer reads keys and values of cross-attention, or lies in an encoder that is no part of the model.
+
+        Args:
+            path: its path.
+        """
+        return is_memory(path) or (reads_encoder(path) and self.place(path).chain == (ROOT,))
+
+    def is_encoders(self, path: str) -> bool:
+        """Whether a module lies in the encoder of an encoder-decoder model.
+
+        Args:
+            path: path of the module.
+        """
+        return self.encoder is not None and _is_within(path, self.encoder)
 
 
 @dataclass(eq=False)
@@ -173,7 +229,7 @@ class Pass:
         behind: part that holds others -> tokens of the part inside it that ran last.
         override: what the layers of a routed unit see in place of the text's tokens, while one runs.
         table: gives the table of positions that the attention which runs was called with.
-        notes: what others keep for the pass, by their name.
+        notes: what others keep for the pass, by their name; each has `for_recomputation`, which gives it without graph.
     """
 
     context: RoutingContext
@@ -256,15 +312,34 @@ class Pass:
         for call in self.calls:
             call.end = next_number() if call.end is None else call.end
 
-    def keep_with(self, output: Any) -> None:
-        """Let the graph of an output hold this pass.
+    def keep_with(self, output: Any) -> Pass:
+        """Let the graph of an output hold what recomputation needs of this pass.
+
+        It holds no graph itself: a tensor above the output would hold the graph, and the graph it, for ever.
 
         Args:
             output: tensors, or a collection of them; those without a graph are skipped.
+
+        Returns:
+            What is held.
         """
+        contexts: dict[int, RoutingContext] = {}
+
+        def kept(context: RoutingContext) -> RoutingContext:
+            if id(context) not in contexts:
+                contexts[id(context)] = context.for_recomputation()
+            return contexts[id(context)]
+
+        calls = [
+            Call(c.path, kept(c.context), None if c.memory is None else kept(c.memory), kept(c.result), c.start, c.end)
+            for c in self.calls
+        ]
+        notes = {name: note.for_recomputation() for name, note in self.notes.items()}
+        held = Pass(kept(self.context), self.task, calls, notes=notes)
         for tensor in tensors_of(output):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.metadata.setdefault(_KEPT, []).append(self)
+                tensor.grad_fn.metadata.setdefault(_KEPT, []).append(held)
+        return held
 
 
 class PassLog:
@@ -273,14 +348,14 @@ class PassLog:
     def __init__(self) -> None:
         self._passes: list[weakref.ref[Pass]] = []
 
-    def add(self, started: Pass) -> None:
-        """Note a pass that starts; only a weak reference is kept.
+    def add(self, held: Pass) -> None:
+        """Note a pass that a graph holds; only a weak reference is kept.
 
         Args:
-            started: the pass.
+            held: the pass.
         """
         self._passes = [known for known in self._passes if known() is not None]
-        self._passes.append(weakref.ref(started))
+        self._passes.append(weakref.ref(held))
 
     def find(self, number: int) -> Pass | None:
         """The pass that made a node.
@@ -346,6 +421,12 @@ def readers_of_tables(model: nn.Module) -> list[nn.Module]:
     kinds = {type(module) for module in model.modules()}
     readers = {kind for kind in kinds if any(name in inspect.signature(kind.forward).parameters for name in TABLES)}
     return [module for module in model.modules() if type(module) in readers]
+
+
+def _modalities(module: nn.Module) -> set[str]:
+    """Kinds of input that a model says it reads."""
+    kinds = getattr(module, "input_modalities", "text")
+    return {kinds} if isinstance(kinds, str) else set(kinds)
 
 
 def _path_from(model: nn.Module, getter: str, paths: dict[int, str]) -> str | None:

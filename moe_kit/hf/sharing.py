@@ -46,10 +46,18 @@ def reads_encoder(path: str) -> bool:
         >>> reads_encoder("decoder.block.0.layer.1.EncDecAttention.q")
         False
     """
+    parent = path.rpartition(".")[0]
+    return is_memory(path) or (not _CROSS.search(parent) and "encoder" in parent.split("."))
+
+
+def is_memory(path: str) -> bool:
+    """Whether a linear makes keys or values of cross-attention.
+
+    Args:
+        path: module path of the linear.
+    """
     parent, _, leaf = path.rpartition(".")
-    if _CROSS.search(parent):
-        return leaf in _MEMORY
-    return "encoder" in parent.split(".")
+    return bool(_CROSS.search(parent)) and leaf in _MEMORY
 
 
 def router_group(path: str, sharing: str) -> str:

@@ -204,13 +204,22 @@ class RoutingContext:
         for context in (self, *self.views):
             context.is_open = False
 
-    def release(self) -> None:
-        """Forget what only the trainer of this pass asks for, when another pass starts; recomputation needs the rest."""
-        shared = self.deciders.keys()
-        kept = {site: routing for site, routing in self.routings.items() if site in shared}
-        for context in (self, *self.views):
-            context.routings, context.shared, context.spent = kept, {}, {}
-            context.registered, context.closed_losses, context.closed_terms = [], {}, []
+    def for_recomputation(self) -> RoutingContext:
+        """What recomputation reads of this pass: its tokens, and shared decisions, none of them with a graph."""
+        shared = {site: self.routings[site].without_graph() for site in self.deciders if site in self.routings}
+        return replace(
+            self,
+            is_open=False,
+            routings=shared,
+            deciders=dict(self.deciders),
+            shared={},
+            spent={},
+            registered=[],
+            closed_losses={},
+            closed_terms=[],
+            views=[],
+            counts=None,
+        )
 
     def fitting(self, x: Tensor) -> RoutingContext:
         """The context for the input of a layer, which may see other tokens than its model was given.

@@ -13,7 +13,7 @@ Shapes: T tokens, N decisions, E experts, K slots a decision, P (token, expert) 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from moe_kit_kernels.common.cached import cached
@@ -69,6 +69,12 @@ class Routing:
             raise RoutingError(
                 "a Routing needs either ids and weights [N, K] or selected and weights [N, E], not both."
             )
+
+    def without_graph(self) -> Routing:
+        """The same decision, what was derived from it included, as leaves: recomputation reads it and keeps no graph alive."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update({name: leaf_of(value) for name, value in self.__dict__.items()})
+        return copied
 
     @classmethod
     def of_tokens(
@@ -247,3 +253,14 @@ class Routing:
             full_weights_NE=None,
             log_prob_N=None,
         )
+
+
+def leaf_of(value: Any) -> Any:
+    """A tensor that needs a gradient as a leaf that needs one; anything else as it is.
+
+    Args:
+        value: anything.
+    """
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    return value.detach().requires_grad_()

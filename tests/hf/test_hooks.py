@@ -289,6 +289,22 @@ class TestInterruption:
         assert [call.path for call in state.current.calls] == ["", "model"]
         assert {id(call.context) for call in state.current.calls} == {id(state.context)}
 
+    def test_the_pass_after_an_interrupted_part_counts_once(self):
+        model = routed(preset="loss_free").train()
+        inner = model.get_base_model()
+        handle = inner.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            inner.model(input_ids=batch_of()["input_ids"])
+        handle.remove()
+        model(**batch_of())
+        assert len(context(model).registered) == 4
+        router = next(m for m in model.modules() if getattr(m, "counter", None) is not None)
+        assert router.counter.sum() == 2 * 6 * 2
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
 
 class TestShare:
     def test_by_labels(self):

@@ -146,3 +146,67 @@ def test_a_router_for_the_model_keeps_towers_apart():
     with record_routing(model) as record, torch.no_grad():
         model(**batch)
     assert len({site.split(".")[1] for site in record}) == 3, "text, vision and what lies between"
+
+
+@pytest.mark.parametrize("build", [towers.encoder_decoder, towers.t5_encoder, towers.clip_classifier, towers.blip2])
+def test_parts_of_the_text_know_their_rows(build):
+    """Models inside the decoder or the encoder, and the only part of a model, see the rows of the batch."""
+    base, batch = build()
+    options = dict(
+        num_experts=3, r=2, num_tasks=2, target_modules=["query", "key", "value", "q", "v", "q_proj", "k_proj"]
+    )
+    excluded = r".*(vision_model|qformer).*" if build is towers.blip2 else None
+    config = RoutedAdapterConfig.from_preset("poly", **options, exclude_modules=excluded)
+    model = wake(get_peft_model(base, config)).eval()
+    with torch.no_grad(), routing_inputs(model, task_ids=[0, 1]):
+        model(**batch)
+
+
+@torch.no_grad()
+def test_two_models_of_the_same_names_keep_their_tokens():
+    base, batch = towers.encoder_decoder()
+    model = wrap(base, dict(scope="sequence"))
+    model(**batch)
+    current = require_routing_state(model).current
+    masks = {
+        name: current.seen(layer.place).mask_BS.sum(1).tolist()
+        for name, layer in base.named_modules()
+        if name.endswith(("attention.self.query", "attention.self.key")) and "layer.0." in name
+    }
+    assert masks == {
+        "encoder.encoder.layer.0.attention.self.query": [5, 3],
+        "encoder.encoder.layer.0.attention.self.key": [5, 3],
+        "decoder.bert.encoder.layer.0.attention.self.query": [8, 4],
+        "decoder.bert.encoder.layer.0.attention.self.key": [8, 4],
+        "decoder.bert.encoder.layer.0.crossattention.self.query": [8, 4],
+        "decoder.bert.encoder.layer.0.crossattention.self.key": [5, 3],
+    }
+
+
+@pytest.mark.parametrize("build", [towers.encoder_decoder, towers.blip2], ids=["pair", "blip2"])
+@torch.no_grad()
+def test_answers_take_no_part_in_a_decision_about_the_prompt(build):
+    base, batch = build()
+    if "labels" not in batch:
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"][:, :6] = -100
+    model = wrap(base, dict(scope="sequence", target_modules=["query", "q_proj"], exclude_modules=None))
+    changed = {name: value.clone() for name, value in batch.items()}
+    changed["labels"][:, -1:] = 33
+    if "pixel_values" in batch:
+        changed["input_ids"][0, -1] = 33
+    with record_routing(model) as before:
+        model(**batch)
+    first = {site: ids.clone() for site, ids in before.items()}
+    with record_routing(model) as after:
+        model(**changed)
+    # the first row, whose answer changed and whose prompt did not
+    assert all(torch.equal(after[site][0], ids[0]) for site, ids in first.items())
+
+
+def test_rows_of_images_are_not_guessed():
+    base, batch = towers.llava()
+    model = wrap(base, dict(scope="token"))
+    model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
+    with torch.no_grad(), pytest.raises(RoutingError, match="may belong to any row"):
+        model(**batch, adapter_names=["default", "b"])

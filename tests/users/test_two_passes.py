@@ -1,10 +1,15 @@
 """Several forward passes before one backward pass, with and without gradient checkpointing (DPO, KTO, contrastive losses)."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from moe_kit import LayerRoutingConfig, RoutedAdapterConfig, RoutingError
+from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.state import require_routing_state
 from tests.tiny import batch_of, tiny_llama
 
@@ -95,17 +100,52 @@ def test_layer_routers_keep_to_their_own_pass(preset):
     assert_same(gradients(config, True), gradients(config, False))
 
 
+def held(state):
+    return [known for known in (reference() for reference in state.log._passes) if known is not None]
+
+
 def test_a_graph_holds_its_pass_and_nothing_else_does():
     model = wake(get_peft_model(tiny_llama(), routed(scope="sequence"))).train()
     state = require_routing_state(model)
     losses = [model(**batch, use_cache=False).loss for batch in two_batches()]
-    known = [reference() for reference in state.log._passes]
-    assert len(known) == 2
-    assert [len(known[0].context.registered), len(known[1].context.registered)] == [0, 4], "the first was released"
-    del known
+    assert [known.context.registered for known in held(state)] == [[], []]
     losses.clear()
     model(**batch_of(), use_cache=False)
-    assert sum(reference() is not None for reference in state.log._passes) == 1
+    assert not held(state), "nobody kept the output"
+
+
+LEAKS = {
+    "hidden states, block": (lambda: tiny_llama(), routed(router_sharing="block")),
+    "hidden states, model": (lambda: tiny_llama(), routed(router_sharing="model")),
+    "hidden states, input": (lambda: tiny_llama(), routed()),
+    **{
+        f"hidden states, {preset}": (
+            lambda: tiny_llama(layers=4),
+            LayerRoutingConfig.from_preset(preset, task_type="CAUSAL_LM"),
+        )
+        for preset in ("first", "flexi", "mod")
+    },
+}
+
+
+@pytest.mark.parametrize(("base", "config"), LEAKS.values(), ids=LEAKS.keys())
+@pytest.mark.parametrize("backward", [True, False])
+def test_an_output_below_a_router_keeps_nothing_alive(base, config, backward):
+    """A hidden state that holds its pass must not be held by the decisions above it."""
+    model = wake(get_peft_model(base(), copy.deepcopy(config))).train()
+    counts = []
+    for _ in range(4):
+        output = model(**batch_of(), use_cache=False, output_hidden_states=True)
+        if backward:
+            output.loss.backward()
+        del output
+        gc.collect()
+        counts.append(sum(isinstance(thing, (RoutingContext, torch.Tensor)) for thing in gc.get_objects()))
+    assert counts[-1] <= counts[1], counts
+    router = weakref.ref(next(module for name, module in model.named_modules() if name.endswith("_router.default")))
+    del model
+    gc.collect()
+    assert router() is None
 
 
 def test_a_pass_whose_output_is_gone_is_refused():

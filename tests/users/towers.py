@@ -155,3 +155,24 @@ def blip2(lengths=(12, 8)):
     )
     batch = tokens(lengths, image=60, images=4)
     return randomized(T.Blip2ForConditionalGeneration(config)), {**batch, "pixel_values": seeded((2, 3, 12, 12), 2)}
+
+
+def encoder_decoder():
+    """Two BERTs, whose layers have the same names."""
+    size = dict(TEXT, pad_token_id=0, max_position_embeddings=32)
+    config = T.EncoderDecoderConfig.from_encoder_decoder_configs(T.BertConfig(**size), T.BertConfig(**size))
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    source, target = tokens((5, 3)), tokens((8, 4))
+    labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
+    return randomized(T.EncoderDecoderModel(config)), {**source, "labels": labels}
+
+
+def t5_encoder(lengths=(7, 4)):
+    config = T.T5Config(vocab_size=70, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, pad_token_id=0)
+    return randomized(T.T5EncoderModel(config)), tokens(lengths)
+
+
+def clip_classifier():
+    vision = dict(VISION, projection_dim=16)
+    model = T.CLIPForImageClassification(T.CLIPConfig(vision_config=vision, num_labels=3))
+    return randomized(model), {"pixel_values": seeded((2, 3, 12, 12), 2)}
