@@ -33,6 +33,8 @@ class ModelRouting:
         record: site -> ids of the last forward while recording, else None.
         overrides: fields of the context set by replay and forcing.
         collapse_warned: sites whose collapse was logged.
+        trained_losses: unscaled auxiliary losses of the last training pass by name.
+        trained_terms: its (router, name, unscaled loss), as in the context.
         balances_globally: auxiliary losses are those of the joined batch of all processes.
     """
 
@@ -42,6 +44,8 @@ class ModelRouting:
         self.record: dict[str, Tensor] | None = None
         self.overrides: dict[str, Any] = {}
         self.collapse_warned: set[str] = set()
+        self.trained_losses: dict[str, Tensor] = {}
+        self.trained_terms: list[tuple[Any, str, Tensor]] = []
         self.balances_globally = False
 
     def __deepcopy__(self, memo: dict) -> ModelRouting:
@@ -66,6 +70,9 @@ class ModelRouting:
         for name, value in self.overrides.items():
             setattr(context, name, value)
         context.learns, context.counts = torch.is_grad_enabled(), PassCounts()
+        if context.learns and any(router.training and not router.is_frozen for router, _, _ in self.trained_terms):
+            # their graph holds activations that this pass may need the memory of
+            self.trained_losses, self.trained_terms = {}, []
 
     def close(self, outputs: Sequence[Any] | None = ()) -> None:
         """End the forward pass: compute auxiliary losses, record ids, count, stop registering.
@@ -76,6 +83,8 @@ class ModelRouting:
         context = self.context
         context.close()
         context.closed_losses, context.closed_terms = auxiliary_losses(context, self.balances_globally)
+        if context.learns and any(router.training for _, _, router in context.registered):
+            self.trained_losses, self.trained_terms = context.closed_losses, context.closed_terms
         if self.record is not None:
             self.record.update({site: routing.expert_ids_NK.detach() for site, routing, _ in context.registered})
         if outputs is not None and context.counts is not None:
@@ -83,9 +92,22 @@ class ModelRouting:
 
     def total_loss(self) -> Tensor | None:
         """Sum of coefficient times loss over the last forward, or None if no router has a loss."""
-        weighed = [(router.coefficient(name), loss) for router, name, loss in self.context.closed_terms]
-        terms = [factor * loss for factor, loss in weighed if isinstance(factor, Tensor) or factor]
-        return torch.stack(terms).sum() if terms else None
+        return _weighed(self.context.closed_terms)
+
+    def trained_loss(self) -> Tensor | None:
+        """Sum of coefficient times loss over the last training pass, or None without one or in evaluation mode."""
+        return _weighed(self.trained_terms) if self.trains else None
+
+    @property
+    def trains(self) -> bool:
+        """True if routers of the last training pass are in training mode still."""
+        return any(router.training for router, _, _ in self.trained_terms)
+
+
+def _weighed(terms: Sequence[tuple[Any, str, Tensor]]) -> Tensor | None:
+    weighed = [(router.coefficient(name), loss) for router, name, loss in terms]
+    products = [factor * loss for factor, loss in weighed if isinstance(factor, Tensor) or factor]
+    return torch.stack(products).sum() if products else None
 
 
 def auxiliary_losses(
@@ -294,32 +316,35 @@ def _override(state: ModelRouting, **fields: Any) -> Iterator[None]:
 
 
 def routing_losses(model: nn.Module) -> dict[str, Tensor]:
-    """Unscaled auxiliary losses of the last forward pass.
+    """Unscaled auxiliary losses of the last training pass; passes without gradients in between change nothing.
 
     Args:
         model: a model with moe_kit routers.
 
     Returns:
-        name -> scalar with gradient; empty in evaluation mode or before the first pass.
+        name -> scalar with gradient; empty in evaluation mode or before the first training pass.
 
     Raises:
         RoutingError: if the model has no moe_kit routers.
     """
-    return dict(require_routing_state(model).context.closed_losses)
+    state = require_routing_state(model)
+    return dict(state.trained_losses) if state.trains else {}
 
 
 def weighted_routing_loss(model: nn.Module) -> Tensor:
     """Auxiliary losses of the last training pass times their coefficients, for a training loop with a loss of its own.
 
+    A pass trains if it runs in training mode with gradients on; others, of a reference policy say, change nothing.
+
     Args:
         model: a model with moe_kit routers, called in training mode.
 
     Returns:
-        Scalar with gradient, 0 if no router has a loss. A loop that accumulates micro-batches multiplies it by the
+        Scalar with gradient, 0 if no router has a loss or in evaluation mode. A loop that accumulates micro-batches multiplies it by the
         share of the step's label tokens (or of its micro-batches) that this pass holds.
 
     Raises:
         RoutingError: if the model has no moe_kit routers.
     """
-    total = require_routing_state(model).total_loss()
+    total = require_routing_state(model).trained_loss()
     return torch.zeros((), device=next(model.parameters()).device) if total is None else total

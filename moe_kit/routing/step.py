@@ -9,12 +9,14 @@ gradient, which may run without), if router and experts are not frozen, if its f
 backward, once begun, did too: batches that ran out of memory leave nothing behind.
 
 `routing_step` is called by a hook behind `Optimizer.step`, so it runs under any trainer, fused optimizers and ZeRO
-included, once for all micro-batches of an accumulated step, and moves what the stepping optimizer trains. Optimizers that
+included, once for all micro-batches of an accumulated step, and moves what the stepping optimizer trains. Where each
+parameter has an optimizer that steps inside the backward, the first that holds one of the router's moves it. Optimizers that
 are no `torch.optim.Optimizer` need a call of `routing_step(model)` after each step.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -39,7 +41,9 @@ class StepState(HoldsFrozen):
 
     Attributes:
         counter: float64 [size], sum of the measures since the last step; None before the first.
-        passes: the passes that it is the sum of, where these may still fail.
+        contributions: number of measures that it is the sum of; infinite with one of a compiled pass, which stays.
+        moved: number of moves so far, which tells the counts of one step from those of the next.
+        passes: those of the passes counted whose backward has begun and not ended.
         pooled: states of equal `pool_key` at all sites of a model share their counts, so that they move as one.
     """
 
@@ -49,6 +53,8 @@ class StepState(HoldsFrozen):
         super().__init__()
         self.size = size
         self.counter: Tensor | None = None
+        self.contributions: float = 0
+        self.moved = 0
         self.passes: list[PassCounts] = []
 
     def choice_scores(self, logits_NE: Tensor) -> Tensor:
@@ -111,6 +117,29 @@ class StepState(HoldsFrozen):
             measured: float64 [size].
         """
         self.counter = measured if self.counter is None else self.counter.to(measured.device) + measured
+        if torch.compiler.is_compiling():
+            # a number that is read here would be compiled in
+            self.contributions = math.inf
+        else:
+            self.contributions += 1
+
+    def subtract(self, measured: Tensor) -> None:
+        """Undo an `add` of this step.
+
+        Args:
+            measured: float64 [size].
+        """
+        self.contributions -= 1
+        # zeros would move a state, as counts do
+        if self.contributions <= 0 or self.counter is None:
+            self.counter = None
+        else:
+            self.counter = self.counter - measured.to(self.counter.device)
+
+    def restart(self) -> None:
+        """Begin the counts of the next step."""
+        self.counter, self.contributions, self.passes = None, 0, []
+        self.moved += 1
 
 
 class PassCounts:
@@ -118,12 +147,16 @@ class PassCounts:
 
     Attributes:
         entries: (state, what it measured).
+        steps: number of moves of each entry's state when the pass was counted.
         in_backward: a backward pass through this one has begun and not ended.
+        died: that backward pass was given up.
     """
 
     def __init__(self) -> None:
         self.entries: list[tuple[StepState, Tensor]] = []
+        self.steps: list[int] = []
         self.in_backward = False
+        self.died = False
 
     def commit(self, outputs: Iterable[Any] = ()) -> None:
         """Count the pass, whose forward has ended.
@@ -131,32 +164,71 @@ class PassCounts:
         Args:
             outputs: what it returned: a gradient that reaches one of these tensors begins its backward.
         """
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            withdraw_dead(state for state, _ in self.entries)
         for state, measured in self.entries:
             state.add(measured)
-        if torch.compiler.is_compiling():
+        if compiling:
             # a compiled graph takes no hook
             return
+        self.steps = [state.moved for state, _ in self.entries]
         reached = [value for value in outputs if isinstance(value, Tensor) and value.requires_grad]
         if self.entries and reached:
-            for state, _ in self.entries:
-                state.passes.append(self)
             for value in reached:
                 value.register_hook(self._begin)
 
     def _begin(self, gradient: Tensor) -> None:
         if not self.in_backward:
             self.in_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+            for state, _ in self.entries:
+                state.passes.append(self)
+            torch.autograd.Variable._execution_engine.queue_callback(_Ending(self))
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Note that the backward has come to its end."""
         self.in_backward = False
+        for state, _ in self.entries:
+            state.passes = [counts for counts in state.passes if counts is not self]
 
     def withdraw(self) -> None:
-        """Take the pass back if its backward died."""
-        if self.in_backward:
-            for state, measured in self.entries:
-                state.add(-measured)
-        self.entries = []
+        """Take the pass back if its backward died; one that runs, as where optimizers step inside it, has not."""
+        if self.in_backward and (self.died or not _in_backward()):
+            for (state, measured), step in zip(self.entries, self.steps):
+                state.passes = [counts for counts in state.passes if counts is not self]
+                if state.moved == step:
+                    state.subtract(measured)
+            self.entries, self.steps = [], []
+
+
+class _Ending:
+    """What autograd calls when a backward pass ends; one that dies lets go of it uncalled."""
+
+    def __init__(self, counts: PassCounts) -> None:
+        self.counts = counts
+        self.called = False
+
+    def __call__(self) -> None:
+        self.called = True
+        self.counts.end()
+
+    def __del__(self) -> None:
+        if not self.called:
+            self.counts.died = True
+
+
+def withdraw_dead(states: Iterable[StepState]) -> None:
+    """Take back the passes whose backward died.
+
+    Args:
+        states: the states that counted them.
+    """
+    for counts in {id(counts): counts for state in states for counts in state.passes}.values():
+        counts.withdraw()
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class StepOwner(nn.Module):
@@ -201,22 +273,25 @@ def routing_step(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _move(states: list[StepState]) -> None:
-    for counts in {id(counts): counts for state in states for counts in state.passes}.values():
-        counts.withdraw()
-    if all(state.counter is None for state in states):
+    device = next((state.counter.device for state in states if state.counter is not None), None)
+    withdraw_dead(states)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    idle = all(state.counter is None for state in states)
+    # other processes may have counted where the passes of this one died
+    if device is None or (idle and not distributed):
         return
-    device = next(state.counter.device for state in states if state.counter is not None)
-    flat = torch.cat(
-        [
-            torch.zeros(state.size, dtype=torch.float64, device=device)
-            if state.counter is None
-            else state.counter.to(device)
-            for state in states
-        ]
-    )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    counters = [
+        torch.zeros(state.size, dtype=torch.float64, device=device)
+        if state.counter is None
+        else state.counter.to(device)
+        for state in states
+    ]
+    flat = torch.cat([*counters, counters[0].new_tensor([float(not idle)])])
+    if distributed:
         torch.distributed.all_reduce(flat)
-    totals = list(flat.split([state.size for state in states]))
+    if idle and not flat[-1]:
+        return
+    totals = flat[:-1].split([state.size for state in states])
     pools: dict[tuple, Tensor] = {}
     for state, total in zip(states, totals):
         if state.pooled:
@@ -227,7 +302,7 @@ def _move(states: list[StepState]) -> None:
     with gathered(list(parameters.values())):
         for state, total in zip(states, totals):
             state.update(pools[state.pool_key()] if state.pooled else total)
-            state.counter, state.passes = None, []
+            state.restart()
 
 
 def install_step_hook(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -282,12 +357,23 @@ def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[
             held = held | {id(value) for value in partitioned}
         if not _any_in(model.parameters(), held):
             continue
+        frozen: set[int] = set()
         others: set[int] = set()
         for owner in _owners(model):
             trained = owner.trained_with()
-            if owner.is_frozen or (trained and not _any_in(trained, held)):
+            if owner.is_frozen:
+                frozen.update(map(id, owner.step_states))
+            elif trained and not _any_in(trained, held):
                 others.update(map(id, owner.step_states))
-        _move([state for state in states if id(state) not in others])
+        moving = [state for state in states if id(state) not in frozen | others]
+        if _in_backward():
+            # each parameter has its own optimizer, but what is pooled moves as one
+            pools = {state.pool_key() for state in moving if state.pooled and state.counter is not None}
+            pooled = {id(state) for state in states if state.pooled and state.pool_key() in pools} - frozen
+            moving = [state for state in states if id(state) in pooled.union(map(id, moving))]
+            # a router has several parameters, and the state moves with the first of them
+            moving = [state for state in moving if state.counter is not None]
+        _move(moving)
 
 
 def _partitions(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -392,3 +392,62 @@ def test_sharded_state_moves_as_in_one_process(tmp_path):
         assert not same(state(model), fresh)
         for name, value in model.named_parameters():
             assert torch.allclose(found[case][name], value, atol=2e-4), f"{case}: {name}"
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_optimizers_that_step_inside_the_backward(case, reentrant):
+    """One optimizer a parameter, as in the layerwise ones of trainers, moves the state as one for all does."""
+    if reentrant and config(case).losses:
+        pytest.skip("auxiliary losses are refused under reentrant checkpointing")
+    states = []
+    for layerwise in (False, True):
+        model = wrapped(case)
+        if reentrant is not None:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        if layerwise:
+            of = {value: torch.optim.SGD([value], lr=0.0) for value in model.parameters() if value.requires_grad}
+            for value in of:
+                value.register_post_accumulate_grad_hook(lambda value, of=of: of[value].step())
+        else:
+            optimizer = sgd(model, lr=0.0)
+        fresh = state(model)
+        for _ in range(3):
+            model(**batch_of()).loss.backward()
+            if not layerwise:
+                optimizer.step()
+        assert not same(state(model), fresh)
+        assert all(entry.counter is None and not entry.passes for entry in step_states(model))
+        states.append(state(model))
+    assert same(*states)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_of_which_the_only_backward_died_moves_nothing(case):
+    model = wrapped(case)
+    optimizer = sgd(model)
+    model(**batch_of()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = state(model)
+    died_in_backward(model)
+    optimizer.step()
+    assert same(state(model), before)
+    assert all(entry.counter is None and not entry.passes for entry in step_states(model))
+
+
+def test_passes_without_a_step_are_not_kept():
+    model = wrapped()
+    for _ in range(3):
+        model(**batch_of())
+        model(**batch_of()).loss.backward()
+        died_in_backward(model)
+        assert all(len(entry.passes) <= 1 for entry in step_states(model))
+    optimizer = sgd(model, lr=0.0)
+    expected = wrapped()
+    for _ in range(6):
+        expected(**batch_of())
+    routing_step(expected)
+    optimizer.step()
+    assert same(state(model), state(expected))

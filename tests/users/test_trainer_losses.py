@@ -5,6 +5,8 @@ Each case trains one step with our loss and one without; the difference of the g
 """
 
 import warnings
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -462,3 +464,34 @@ class TestTRL:
             return routed_model(base_without_coefficient(family), losses=losses, target_modules=[target])
 
         assert_delivered(*auxiliary_part(sft, build_base, SWITCH, folder=tmp_path))
+
+
+@pytest.mark.parametrize("train_mode", [True, False])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_reference_pass_leaves_the_losses_of_the_training_pass(adapter, train_mode):
+    model = build(SWITCH).train()
+    assert weighted_routing_loss(model).item() == 0.0
+    model(**batch_of())
+    expected, parts = weighted_routing_loss(model), routing_losses(model)
+    assert expected > 0
+    model.train(train_mode)
+    with torch.no_grad(), nullcontext() if adapter else model.disable_adapter():
+        model(input_ids=torch.full((2, 5), 3))
+    if not train_mode:
+        assert routing_losses(model) == {}
+        assert weighted_routing_loss(model).item() == 0.0
+    model.train()
+    assert torch.equal(weighted_routing_loss(model), expected)
+    assert routing_losses(model) == parts
+    weighted_routing_loss(model).backward()
+
+
+def test_losses_are_let_go_when_the_next_training_pass_begins():
+    model = build(SWITCH).train()
+    model(**batch_of())
+    kept = weakref.ref(routing_losses(model)["switch"])
+    seen = []
+    handle = model.get_base_model().model.layers[0].register_forward_pre_hook(lambda *_: seen.append(kept()))
+    model(**batch_of())
+    handle.remove()
+    assert seen == [None]
