@@ -13,7 +13,8 @@ any other training loop                            it adds `weighted_routing_los
 
 A loss "depends on them" is read off its graph, at the last moment before the backward pass. So nothing has to be known
 about a trainer: which outputs it reads, what its own coefficient for router losses is, or the base model's. What is
-added counts each micro-batch of a step equally; several passes of one micro-batch count as their mean.
+added counts each micro-batch of a step equally; several passes of one loss count as their mean. A trainer with several
+losses in a step hands each to `accelerator.backward`; each brings the auxiliary losses of the passes it depends on.
 
 Two other ways were weighed. Returning them as `outputs.aux_loss`, as a mixture of experts does: trainers multiply it by
 a coefficient of theirs, many base models have none, and a reward trainer never asks. Attaching their gradient to an
@@ -29,7 +30,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +41,11 @@ from torch import Tensor, nn
 
 from moe_kit.hf.gradient_checks import (
     change_tensors,
-    check_policy,
-    check_reentrant,
     refuse_backward,
-    tensors_of,
     watch_losses,
     watch_policy,
-    zero_of_policy,
 )
+from moe_kit.hf.passes import Call, tensors_of
 
 if TYPE_CHECKING:
     from moe_kit.hf.hooks import HookedRouting
@@ -53,18 +53,16 @@ if TYPE_CHECKING:
 __all__ = [
     "announce",
     "announced",
-    "check_policy",
-    "check_reentrant",
     "deliver",
     "depends_on",
     "strip_request",
-    "withdraw",
-    "zero_of_policy",
+    "unannounce",
 ]
 
 _REQUEST = "output_router_logits"
 _COEFFICIENT = "router_aux_loss_coef"
 _ANNOUNCED = "moe_routing_announced"
+_STEP = "moe_routing_step"
 
 
 def announce(model: nn.Module) -> None:
@@ -88,7 +86,7 @@ def announced(model: nn.Module) -> bool:
     return bool(model.__dict__.get(_ANNOUNCED, False))
 
 
-def withdraw(model: nn.Module) -> None:
+def unannounce(model: nn.Module) -> None:
     """Undo `announce`."""
     if model.__dict__.pop(_ANNOUNCED, False):
         text = model.config.get_text_config()
@@ -140,7 +138,7 @@ def deliver(
     """
     learning = model.training and torch.is_grad_enabled()
     if state.wants_aux_loss and (fused or not learning) and not isinstance(output, tuple):
-        zero = torch.zeros((), device=next(iter(tensors_of(output))).device)
+        zero = torch.zeros((), device=tensors_of(output)[0].device)
         output.aux_loss = zero if auxiliary is None else auxiliary.detach()
     if not learning:
         return output
@@ -171,7 +169,7 @@ def _follow(state: HookedRouting, model: nn.Module, output: Any, auxiliary: Tens
     watch_losses(state, model, output)
     step = _training_step()
     if step is not None:
-        _at_backward(*step, state, auxiliary)
+        _at_backward(*step, state, auxiliary, output)
 
 
 @torch.compiler.disable
@@ -195,10 +193,15 @@ def depends_on(loss: Tensor, terms: Sequence[Tensor]) -> bool:
         loss: a loss.
         terms: tensors with a graph.
     """
-    wanted = {term.grad_fn for term in terms if term.grad_fn is not None}
-    if not wanted:
+    return _reaches(loss, {term.grad_fn for term in terms if term.grad_fn is not None})
+
+
+def _reaches(loss: Tensor, wanted: set[Any], call: Call | None = None) -> bool:
+    """Whether the graph of a loss has one of some nodes, or one that was made in a call."""
+    numbers = [node._sequence_nr() for node in wanted] + ([] if call is None else [call.start])
+    if not numbers:
         return False
-    oldest = min(node._sequence_nr() for node in wanted)
+    oldest = min(numbers)
     seen: set[tuple[Any, int]] = set()
     ahead = [(loss.grad_fn, 0)]
     while ahead:
@@ -207,9 +210,10 @@ def depends_on(loss: Tensor, terms: Sequence[Tensor]) -> bool:
         if node is None or edge in seen:
             continue
         seen.add(edge)
-        if node in wanted:
+        number = node._sequence_nr()
+        if node in wanted or (call is not None and call.holds(number)):
             return True
-        if node._sequence_nr() < oldest:
+        if number < oldest:
             continue
         following = node.next_functions
         if node.name() == "_DDPSinkBackward":
@@ -219,46 +223,101 @@ def depends_on(loss: Tensor, terms: Sequence[Tensor]) -> bool:
     return False
 
 
+class _Step:
+    """Lives as long as one call of `training_step`, whose frame alone holds it.
+
+    The frame itself tells one step from the next as well, but who holds it holds the step's inputs and graph.
+    """
+
+
+@dataclass(eq=False)
+class _Noted:
+    """A training pass whose auxiliary losses wait for the loss that depends on it.
+
+    Attributes:
+        auxiliary: their weighted sum.
+        terms: each of them.
+        ends: nodes of its outputs.
+        call: numbers of its nodes, which find hidden values that a hook took; None where it was compiled.
+    """
+
+    auxiliary: Tensor
+    terms: list[Tensor]
+    ends: set[Any]
+    call: Call | None
+
+    def leads_to(self, loss: Tensor) -> bool:
+        """Whether a loss was computed from this pass.
+
+        Args:
+            loss: a loss.
+        """
+        return _reaches(loss, self.ends, self.call) or depends_on(loss, self.terms)
+
+
 class _Backward:
-    """Stands for `accelerator.backward` during one training step and adds what the trainer's loss lacks.
+    """Stands for `accelerator.backward` while passes of one training step wait, and adds what a loss lacks.
 
     Args:
         trainer: the trainer.
-        frame: its call of `training_step`, which tells one step from the next.
+        step: its training step; when it ends, what stood there before stands there again.
     """
 
-    def __init__(self, trainer: Any, frame: FrameType) -> None:
-        self.trainer, self.frame = trainer, frame
-        self.passes: dict[HookedRouting, list[tuple[Tensor, list[Tensor]]]] = {}
+    def __init__(self, trainer: Any, step: _Step) -> None:
+        self.trainer, self.accelerator = trainer, trainer.accelerator
+        self.step = weakref.ref(step)
+        self.passes: dict[HookedRouting, list[_Noted]] = {}
+        # somebody's wrapper of this accelerator's method, or the method of its class
+        self.replaced = vars(self.accelerator).get("backward")
+        self.backward = self.accelerator.backward
+        self.accelerator.backward = self
+        weakref.finalize(step, self.end).atexit = False
 
     def __call__(self, loss: Tensor, **kwargs: Any) -> Any:
-        """Hand the loss on to the accelerator.
+        """Hand a loss on to the accelerator.
 
         Args:
-            loss: the trainer's loss, its part of the optimizer step.
+            loss: a loss of the trainer's, its part of the optimizer step.
             **kwargs: as for the accelerator.
         """
-        accelerator = self.trainer.accelerator
-        del accelerator.backward
-        for passes in self.passes.values():
-            if not any(depends_on(loss, terms) for _, terms in passes):
-                total = torch.stack([auxiliary.to(loss.device) for auxiliary, _ in passes]).mean()
-                loss = loss + total / self.trainer.current_gradient_accumulation_steps
-        return accelerator.backward(loss, **kwargs)
+        total = loss
+        for state, passes in self.passes.items():
+            used = [noted for noted in passes if noted.leads_to(loss)]
+            self.passes[state] = [noted for noted in passes if noted not in used]
+            if used and not any(depends_on(loss, noted.terms) for noted in used):
+                mean = torch.stack([noted.auxiliary.to(loss.device) for noted in used]).mean()
+                total = total + mean / self.trainer.current_gradient_accumulation_steps
+        if not any(self.passes.values()):
+            self.end()
+        return self.backward(total, **kwargs)
+
+    def end(self) -> None:
+        """Forget the passes and put back what was replaced; doing it twice changes nothing."""
+        self.passes.clear()
+        if vars(self.accelerator).get("backward") is not self:
+            return
+        if self.replaced is None:
+            del self.accelerator.backward
+        else:
+            self.accelerator.backward = self.replaced
 
 
-def _at_backward(trainer: Any, frame: FrameType, state: HookedRouting, auxiliary: Tensor) -> None:
-    accelerator = trainer.accelerator
-    waiting = vars(accelerator).get("backward")
-    if not isinstance(waiting, _Backward) or waiting.frame is not frame:
-        # what a step that died has left behind is replaced
-        waiting = accelerator.backward = _Backward(trainer, frame)
+def _at_backward(trainer: Any, step: _Step, state: HookedRouting, auxiliary: Tensor, output: Any) -> None:
+    waiting = vars(trainer.accelerator).get("backward")
+    if isinstance(waiting, _Backward) and waiting.step() is not step:
+        # a step that died, and is held by its traceback
+        waiting.end()
+        waiting = None
+    if not isinstance(waiting, _Backward):
+        waiting = _Backward(trainer, step)
     terms = [loss for _, _, loss in state.context.closed_terms]
-    waiting.passes.setdefault(state, []).append((auxiliary, terms))
+    ends = {tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None}
+    call = state.current.calls[0] if state.opened_eagerly else None
+    waiting.passes.setdefault(state, []).append(_Noted(auxiliary, terms, ends, call))
 
 
-def _training_step() -> tuple[Any, FrameType] | None:
-    """The trainer that calls the model, and its call of `training_step`; None in any other training loop.
+def _training_step() -> tuple[Any, _Step] | None:
+    """The trainer that calls the model, and what its call of `training_step` holds; None in any other training loop.
 
     A model does not know its trainer, and no hook of it sees the trainer's loss. The call stack knows both.
     """
@@ -268,7 +327,7 @@ def _training_step() -> tuple[Any, FrameType] | None:
         if frame.f_code.co_name == "training_step":
             trainer = frame.f_locals.get("self")
             if isinstance(trainer, library.Trainer):
-                return trainer, frame
+                return trainer, frame.f_locals.setdefault(_STEP, _Step())
         frame = frame.f_back
     return None
 
@@ -290,7 +349,8 @@ def _tied(state: HookedRouting, output: Any) -> Any:
     """Let the outputs depend on the routers' scores, where data parallelism looks for unused parameters."""
     scores = [routing.logits_NE for _, routing, router in state.context.registered if router.losses]
     scores = [score for score in scores if score is not None and score.requires_grad]
-    one = next(iter(tensors_of(output)), None)
-    if not scores or one is None:
+    if not scores:
         return output
-    return change_tensors(output, lambda value: _Tie.apply(value, *scores) if value is one else value)
+    # one output is enough
+    first = iter((True,))
+    return change_tensors(output, lambda value: _Tie.apply(value, *scores) if next(first, False) else value)

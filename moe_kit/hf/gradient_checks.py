@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from moe_kit.errors import ConfigError
+from moe_kit.hf.passes import tensors_of
 from moe_kit.routing.state import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -145,16 +146,6 @@ def watch_losses(state: HookedRouting, model: nn.Module, output: Any) -> None:
             watch.names.add(name)
             loss.register_hook(losses_used)
     _track(model)
-
-
-def tensors_of(output: Any) -> Iterable[Tensor]:
-    """Floating-point tensors of a model's output, nested ones left out.
-
-    Args:
-        output: a tensor, tuple or dictionary of outputs.
-    """
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
-    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def change_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

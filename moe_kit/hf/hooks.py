@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from moe_kit.errors import RoutingError
 from moe_kit.hf.batch import IGNORED_LABEL, main_context, memory_context, part_context, shifts_labels
 from moe_kit.hf.checks import check_rows
-from moe_kit.hf.delivery import check_policy, check_reentrant, deliver, strip_request, withdraw, zero_of_policy
+from moe_kit.hf.delivery import deliver, strip_request, unannounce
 from moe_kit.hf.generation import Generation, joins_requests, stop_noting
-from moe_kit.hf.gradient_checks import Watch
+from moe_kit.hf.gradient_checks import Watch, check_policy, check_reentrant, zero_of_policy
 from moe_kit.hf.passes import (
     ROOT,
     TABLES,
@@ -214,7 +214,7 @@ def detach(model: nn.Module) -> None:
         part.__dict__.pop(ATTRIBUTE, None)
         part.__dict__.pop(_PATH, None)
     stop_noting(model)
-    withdraw(model)
+    unannounce(model)
 
 
 def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
