@@ -21,28 +21,39 @@ class Quiet:
     """Stands for a router that has no balance losses.
 
     Args:
-        training: whether its unit is in training mode.
+        unit: the module that has the router.
     """
 
     losses: dict[str, Any] = {}
     # actions are no experts: metrics of load and collapse leave them out
     has_experts = False
 
-    def __init__(self, training: bool) -> None:
-        self.training = training
+    def __init__(self, unit: nn.Module) -> None:
+        self.unit = unit
+
+    @property
+    def training(self) -> bool:
+        """True in training mode."""
+        return self.unit.training
+
+    @property
+    def is_frozen(self) -> bool:
+        """True if nothing of the unit is trained."""
+        return not any(parameter.requires_grad for parameter in self.unit.parameters())
 
 
 class Priced(Quiet):
     """Stands for all layer routers of a model and brings their losses.
 
     Args:
+        unit: one of their modules.
         losses: name -> (coefficient, unscaled loss).
     """
 
     group = "moe_depth"
 
-    def __init__(self, losses: dict[str, tuple[float, Tensor]]) -> None:
-        super().__init__(training=True)
+    def __init__(self, unit: nn.Module, losses: dict[str, tuple[float, Tensor]]) -> None:
+        super().__init__(unit)
         self._coefficients = {name: coefficient for name, (coefficient, _) in losses.items()}
         # the form of a loss over stacked decisions: one value a site
         self.losses = {name: (c, lambda stack, loss=loss: loss.reshape(1)) for name, (c, loss) in losses.items()}
@@ -70,5 +81,9 @@ def hand_over(context: RoutingContext, losses: dict[str, tuple[float, Tensor]]) 
         if type(router) is Quiet:
             # a decision without logits is taken for a forced one, which has no losses
             logits_NE = routing.weights_NK.new_zeros(routing.weights_NK.shape[0], routing.num_experts)
-            context.registered[index] = (site, dataclasses.replace(routing, logits_NE=logits_NE), Priced(losses))
+            context.registered[index] = (
+                site,
+                dataclasses.replace(routing, logits_NE=logits_NE),
+                Priced(router.unit, losses),
+            )
             return

@@ -245,7 +245,7 @@ class DepthState:
                     sparse_weights_NK=ones_B1,
                     num_sequences=route.batch,
                 )
-                context.registered.append((unit.site(adapter), routing, Quiet(unit.training)))
+                context.registered.append((unit.site(adapter), routing, Quiet(unit)))
 
     def close(self) -> None:
         """End the forward pass; a cache is not kept alive by it."""

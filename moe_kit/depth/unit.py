@@ -238,4 +238,4 @@ class DepthUnit(nn.Module, FrozenStateLayer):
                 sparse_weights_NK=torch.ones_like(ids_T1, dtype=torch.float32),
                 mask_N=mask_T,
             )
-            context.registered.append((self.site(adapter), routing, Quiet(self.training)))
+            context.registered.append((self.site(adapter), routing, Quiet(self)))
