@@ -153,7 +153,7 @@ class Router(StepOwner):
         training = self.training
         try:
             self.eval()
-            scores = logits_1E if self.stepper is None else self.stepper.choice_scores(logits_1E)
+            scores = logits_1E if self.stepper is None else self.stepper(logits_1E)
             selection = self.select(scores, Decisions(None), RoutingContext())
             return self._routing(logits_1E, selection, Decisions(None)).dense_NE()[0].detach()
         finally:
@@ -189,7 +189,7 @@ class Router(StepOwner):
         logits_NE = self._carried(x_BSD, logits_NE, context)
         if context.prior_BE is not None:
             logits_NE = logits_NE + self._prior(x_BSD, decisions, context)
-        scores_NE = logits_NE if self.stepper is None else self.stepper.choice_scores(logits_NE)
+        scores_NE = logits_NE if self.stepper is None else self.stepper(logits_NE)
 
         forced = self._forced(x_BSD, decisions, context)
         if isinstance(forced, Routing):

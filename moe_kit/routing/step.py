@@ -65,6 +65,14 @@ class StepState(HoldsFrozen):
         """
         return logits_NE
 
+    def forward(self, logits_NE: Tensor) -> Tensor:
+        """`choice_scores`, as a call of the module, so that hooks bring its values where they are offloaded or sharded.
+
+        Args:
+            logits_NE: float32 [N, E].
+        """
+        return self.choice_scores(logits_NE)
+
     def loss_factor(self, name: str) -> Tensor | float:
         """Factor on the coefficient of the auxiliary loss `name`, 1 unless this state controls it."""
         return 1.0
