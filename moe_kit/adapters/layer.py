@@ -55,7 +55,7 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         self.shares_any_input: dict[str, bool] = {}
         # adapter -> all linears that share its router and its input, this one included
         self.siblings: dict[str, list[RoutedLayer]] = {}
-        self.place = state.structure.place(path, state.structure.reads_memory(path))
+        self.place = state.structure.place(path)
         self.width_in, self.width_out = linear_widths(self.get_base_layer())
         # PEFT's names of the same, which tools read on every tuner layer
         self.in_features, self.out_features = self.width_in, self.width_out

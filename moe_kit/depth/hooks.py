@@ -71,7 +71,7 @@ def _open(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     state: DepthState = module.__dict__[ATTRIBUTE]
     # the routing hooks have found out already whether the part was called alone
-    if state.routing.part is module and state.routing.is_running():
+    if state.routing.part is module:
         state.open(module, named_arguments(module, args, kwargs))
 
 

@@ -83,7 +83,7 @@ def main_context(
         shape = _shape(arguments, "input_ids", "inputs_embeds")
         mask_BS = real_tokens(arguments.get("attention_mask"), shape, arguments.get("past_key_values"))
         if shape is None and _shape(arguments, *_FEATURES) is not None:
-            mask_BS = _mask_of_features(arguments)
+            mask_BS = _real(arguments.get("attention_mask"))
         first = 0
         labelled = predicts_next_token(module) and _fits(labels, shape)
     context = RoutingContext(
@@ -127,15 +127,12 @@ def part_context(
     shape = _shape(arguments, *_TOKENS)
     if outer is not None and (shape is None or outer.fits(shape)):
         return outer
+    given = arguments.get("attention_mask")
     features = shape is None and _shape(arguments, *_FEATURES) is not None
-    mask = _mask_of_features(arguments) if features else real_tokens(arguments.get("attention_mask"), shape)
     grid = next((arguments[name] for name in ("grid_thw", "image_grid_thw") if arguments.get(name) is not None), None)
-    return whole.derive(
-        mask_BS=mask,
-        prompt_mask_BS=None,
-        sequence_BS=None,
-        num_sequences=None,
-        shape_BS=None if shape is None or grid is not None else (shape[0], shape[1]),
+    return whole.of_tokens(
+        None if shape is None or grid is not None else (shape[0], shape[1]),
+        _real(given) if features else real_tokens(given, shape),
         rows_known=rows_known,
         lengths=None if grid is None else tuple(grid.prod(-1).tolist()),
         **_shortening(module, shape),
@@ -170,12 +167,9 @@ def memory_context(
     # an encoder-decoder model calls the mask of its encoder the attention mask
     mask = arguments.get("encoder_attention_mask" if outputs is None else "attention_mask")
     shortened = _is_plain(mask) and mask.shape[1] != shape[1]
-    context = whole.derive(
-        mask_BS=_real(mask) if shortened else real_tokens(mask, shape),
-        prompt_mask_BS=None,
-        sequence_BS=None,
-        num_sequences=None,
-        shape_BS=None if shortened else (shape[0], shape[1]),
+    context = whole.of_tokens(
+        None if shortened else (shape[0], shape[1]),
+        _real(mask) if shortened else real_tokens(mask, shape),
         shortens=shortened,
         rows_known=rows_known,
     )
@@ -189,13 +183,7 @@ def _read_by_encoder(arguments: dict[str, Any], whole: RoutingContext) -> Routin
         arguments.get(name) is None for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds")
     ):
         return None
-    return whole.derive(
-        mask_BS=real_tokens(arguments.get("attention_mask"), shape),
-        prompt_mask_BS=None,
-        sequence_BS=None,
-        num_sequences=None,
-        shape_BS=(shape[0], shape[1]),
-    )
+    return whole.of_tokens((shape[0], shape[1]), real_tokens(arguments.get("attention_mask"), shape))
 
 
 def _shortening(module: nn.Module, shape: torch.Size | None) -> dict[str, Any]:
@@ -203,10 +191,6 @@ def _shortening(module: nn.Module, shape: torch.Size | None) -> dict[str, Any]:
     if shape is not None:
         return {}
     return {"shortens": True, "reduce_mask": getattr(module, "_get_feature_vector_attention_mask", None)}
-
-
-def _mask_of_features(arguments: dict[str, Any]) -> Tensor | None:
-    return _real(arguments.get("attention_mask"))
 
 
 def _real(mask: Any) -> Tensor | None:

@@ -38,11 +38,11 @@ from moe_kit.hf.passes import (
     ROOT,
     TABLES,
     Call,
+    Part,
     Pass,
     PassLog,
     Place,
     Structure,
-    backward_task,
     next_number,
     parts_of,
     readers_of_tables,
@@ -52,10 +52,10 @@ from moe_kit.hf.passes import (
 from moe_kit.routing.context import RoutingContext
 from moe_kit.routing.joined import all_mean
 from moe_kit.routing.state import ATTRIBUTE, ModelRouting
-from moe_kit.routing.step import track
+from moe_kit.routing.step import backward_task, track
 
 _HOOKS = "moe_routing_hooks"
-_PATH = "moe_routing_part"
+_PART = "moe_routing_part"
 _CALL = nn.Module._call_impl.__code__
 
 
@@ -152,10 +152,6 @@ class HookedRouting(ModelRouting):
         """The pass under way, the one that is recomputed, or the last one."""
         return self._pass()[0]
 
-    def is_running(self) -> bool:
-        """Whether a pass is under way, and not only a part of one that is recomputed."""
-        return self.current.context.is_open
-
     @contextmanager
     def showing(self, context: RoutingContext) -> Iterator[None]:
         """Let the layers inside a routed unit see other tokens of this pass.
@@ -195,8 +191,9 @@ def attach(model: nn.Module) -> HookedRouting:
             model.register_forward_pre_hook(_open, with_kwargs=True),
             model.register_forward_hook(_close, with_kwargs=True, always_call=True),
         ]
+        model.__dict__[_PART] = state.structure.part(ROOT)
         for path, part in parts_of(model).items():
-            part.__dict__[ATTRIBUTE], part.__dict__[_PATH] = state, path
+            part.__dict__[ATTRIBUTE], part.__dict__[_PART] = state, state.structure.part(path)
             handles.append(part.register_forward_pre_hook(_open_part, with_kwargs=True))
             handles.append(part.register_forward_hook(_close_part, with_kwargs=True, always_call=True))
         for module in readers_of_tables(model):
@@ -212,7 +209,7 @@ def detach(model: nn.Module) -> None:
         handle.remove()
     for part in (model, *parts_of(model).values(), *readers_of_tables(model)):
         part.__dict__.pop(ATTRIBUTE, None)
-        part.__dict__.pop(_PATH, None)
+        part.__dict__.pop(_PART, None)
     stop_noting(model)
     unannounce(model)
 
@@ -264,11 +261,10 @@ def _start(state: HookedRouting, module: nn.Module, arguments: dict[str, Any]) -
         context.carried = _carried(module, arguments, generation)
         if context.carried is not None and not context.carried:
             _look_for_chunks()
-    path = module.__dict__.get(_PATH, ROOT)
-    known = state.structure.has_rows_of_batch(path)
-    memory = memory_context(arguments, context, None, known)
+    part: Part = module.__dict__[_PART]
+    memory = memory_context(arguments, context, None, part.rows_known)
     started = Pass(context, backward_task())
-    started.enter(Call(path, context, memory, context, next_number()))
+    started.enter(Call(part.path, context, memory, context, next_number()))
     state.current = started
     state.part = None
     state.opened_eagerly = not torch.compiler.is_compiling()
@@ -293,17 +289,15 @@ def _open_part(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         _start(state, module, arguments)
         state.part, state.wants_aux_loss = module, False
         return
-    path, structure = module.__dict__[_PATH], state.structure
-    known = structure.has_rows_of_batch(path)
-    if structure.holds_decoder(path):
-        context = current.context
-    else:
-        around = structure.around(path)
-        outer = None if around is None else current.latest.get(around, current.calls[0])
-        context = part_context(module, arguments, current.context, known, None if outer is None else outer.context)
-    encoder = None if structure.encoder is None else current.latest.get(structure.encoder)
-    memory = memory_context(arguments, context, None if encoder is None else encoder.context, known)
-    current.enter(Call(path, context, memory, context, next_number()))
+    part: Part = module.__dict__[_PART]
+    context = current.context
+    if not part.place.connects:
+        outer = None if part.around is None else current.latest.get(part.around, current.calls[0]).context
+        context = part_context(module, arguments, context, part.rows_known, outer)
+    encoder = state.structure.encoder
+    encoded = current.latest.get(encoder) if encoder is not None else None
+    memory = memory_context(arguments, context, None if encoded is None else encoded.context, part.rows_known)
+    current.enter(Call(part.path, context, memory, context, next_number()))
 
 
 def _note_table(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -339,7 +333,7 @@ def _close_part(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
     state: HookedRouting = module.__dict__[ATTRIBUTE]
     if state.part is not module:
         if state.current.context.is_open:
-            state.current.leave(state.structure.inside(module.__dict__[_PATH]))
+            state.current.leave(module.__dict__[_PART].place)
     else:
         state.part = None
         _end(state, output)
@@ -353,7 +347,7 @@ def _end(state: HookedRouting, output: Any) -> None:
     current = state.current
     # torch gives no output where the forward raised
     state.close(None if output is None else tensors_of(output))
-    current.close()
+    current.end()
     if output is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         state.log.add(current.keep_with(output))
 

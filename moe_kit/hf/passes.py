@@ -22,7 +22,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,13 +46,34 @@ class Place:
 
     Attributes:
         chain: parts around it, innermost first, `ROOT` last.
-        connecting: those of them that hold the text decoder without being it, if the layer lies directly in one.
+        connects: the innermost part holds the text decoder without being it.
         reads_memory: keys and values of cross-attention, or a layer of an encoder that is no part.
     """
 
     chain: tuple[str, ...] = (ROOT,)
-    connecting: frozenset[str] = frozenset()
+    connects: bool = False
     reads_memory: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is known of a part before it is called.
+
+    Attributes:
+        place: where a layer directly in it lies; its innermost part is this one.
+        rows_known: its rows are those of the batch: it holds, is or lies in the decoder, or the encoder before it.
+        around: the part whose tokens it may see as well: the one around it on its side, the model for the decoder; None
+            for an encoder, a tower, and whatever lies in one.
+    """
+
+    place: Place
+    rows_known: bool
+    around: str | None
+
+    @property
+    def path(self) -> str:
+        """Its path."""
+        return self.place.chain[0]
 
 
 @dataclass(frozen=True)
@@ -92,7 +113,7 @@ class Structure:
         structure = Structure(tuple(parts), decoder, encoder)
         modules = {ROOT: model, **parts}
         towers = {path for path, part in parts.items() if not structure._reads_as_its_side(path, part, modules)}
-        return Structure(tuple(parts), decoder, encoder, frozenset(towers))
+        return replace(structure, towers=frozenset(towers))
 
     def _reads_as_its_side(self, path: str, part: nn.Module, modules: dict[str, nn.Module]) -> bool:
         side = self._side(path)
@@ -106,41 +127,30 @@ class Structure:
         sides = (self.encoder, self.decoder)
         return next((side for side in sides if side is not None and (part == side or _is_within(part, side))), None)
 
-    def around(self, part: str) -> str | None:
-        """The part whose tokens a part may see as well: the one around it on its side, the model for the decoder.
+    def part(self, path: str) -> Part:
+        """What is known of a part.
 
         Args:
-            part: path of the part.
-
-        Returns:
-            None for an encoder, a tower, and whatever lies in one.
+            path: its path, or `ROOT`.
         """
-        if part == self.decoder:
-            return ROOT
-        if part == self.encoder or not self.has_rows_of_batch(part):
-            return None
-        inner = [other for other in (*self.parts, ROOT) if other != part and _is_within(part, other)]
-        return max(inner, key=len)
+        around = None
+        if path == self.decoder:
+            around = ROOT
+        elif path != self.encoder and self.has_rows_of_batch(path):
+            outer = [other for other in (*self.parts, ROOT) if other != path and _is_within(path, other)]
+            around = max(outer, key=len, default=None)
+        return Part(self.place(f"{path}." if path else path), self.has_rows_of_batch(path), around)
 
-    def place(self, path: str, reads_memory: bool = False) -> Place:
+    def place(self, path: str) -> Place:
         """Where a module lies.
 
         Args:
             path: its path.
-            reads_memory: it reads keys and values of cross-attention, or lies in an encoder that is no part.
         """
         inner = sorted((part for part in self.parts if _is_within(path, part)), key=len, reverse=True)
         chain = (*inner, ROOT)
-        connects = self.holds_decoder(chain[0])
-        return Place(chain, frozenset(chain[:1] if connects else ()), reads_memory)
-
-    def inside(self, part: str) -> Place:
-        """Where a module directly in a part lies.
-
-        Args:
-            part: path of the part.
-        """
-        return self.place(f"{part}." if part else "")
+        reads_memory = is_memory(path) or (chain == (ROOT,) and reads_encoder(path))
+        return Place(chain, self.holds_decoder(chain[0]), reads_memory)
 
     def tower(self, path: str) -> str:
         """Which tokens a layer sees, where a model has towers: a name for each tower, for what lies between, or "".
@@ -151,7 +161,7 @@ class Structure:
         place = self.place(path)
         if not self.has_rows_of_batch(place.chain[0]):
             return f"#{place.chain[0]}"
-        return "#between" if place.connecting and not all(map(self.has_rows_of_batch, self.parts)) else ""
+        return "#between" if place.connects and not all(map(self.has_rows_of_batch, self.parts)) else ""
 
     def holds_decoder(self, part: str) -> bool:
         """Whether the decoder is a part inside this one.
@@ -170,14 +180,6 @@ class Structure:
         if any(part == tower or _is_within(part, tower) for tower in self.towers):
             return False
         return self.holds_decoder(part) or self._side(part) is not None
-
-    def reads_memory(self, path: str) -> bool:
-        """Whether a layer reads keys and values of cross-attention, or lies in an encoder that is no part of the model.
-
-        Args:
-            path: its path.
-        """
-        return is_memory(path) or (reads_encoder(path) and self.place(path).chain == (ROOT,))
 
     def is_encoders(self, path: str) -> bool:
         """Whether a module lies in the encoder of an encoder-decoder model.
@@ -255,12 +257,12 @@ class Pass:
         """End the latest call of a part.
 
         Args:
-            place: what lies directly in the part; outside it are the parts around it.
+            place: where a layer directly in it lies.
         """
         path, *around = place.chain
         call = self.latest[path]
         call.end = next_number()
-        if path in place.connecting:
+        if place.connects:
             call.result = self.behind.get(path, call.context)
         if around:
             self.behind[around[0]] = call.result
@@ -278,7 +280,7 @@ class Pass:
                 continue
             if place.reads_memory and call.memory is not None:
                 return call.memory
-            if path in place.connecting:
+            if place.connects and path == place.chain[0]:
                 behind = self.behind.get(path) if number is None else self._behind(call, number)
                 return call.context if behind is None else behind
             return call.context
@@ -306,9 +308,8 @@ class Pass:
         table = self.table()
         return table is not None and x.data_ptr() == table.data_ptr()
 
-    def close(self) -> None:
-        """End the pass: nothing more is registered or counted."""
-        self.context.close()
+    def end(self) -> None:
+        """End the calls that have not ended: that of the pass itself, and those of parts that raised."""
         for call in self.calls:
             call.end = next_number() if call.end is None else call.end
 
@@ -385,11 +386,6 @@ def _holds(known: Pass, number: int) -> bool:
 def next_number() -> int:
     """Number of the next autograd node of this thread; -1 while compiling, where nothing is recomputed in Python."""
     return -1 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
-
-
-def backward_task() -> int:
-    """The backward pass that is under way in this thread, -1 for none."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def running_node() -> int | None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class InputIdentity:
-    """Tells whether a tensor is the input seen before: the same object, or the same unchanged numbers in memory.
+    """Tells whether a tensor is the input seen before: the same object, or the same numbers in memory, unchanged.
 
     Hooks of a module (those of sharded training among them) may hand on a view of its input.
 
@@ -35,17 +35,21 @@ class InputIdentity:
         x: the input; it is not kept alive.
     """
 
-    __slots__ = ("_address", "_object", "_storage")
+    __slots__ = ("_address", "_object", "_storage", "_version")
 
     def __init__(self, x: Tensor) -> None:
+        self._address = self._storage = self._version = None
         if torch.compiler.is_compiling():
             # a compiled graph can trace neither weak references nor addresses
-            self._object, self._storage, self._address = (lambda: x), None, None
+            self._object = lambda: x
             return
         self._object = weakref.ref(x)
-        self._address = _address(x)
-        # keeps the address from being given to another tensor, not the memory
-        self._storage = None if self._address is None else StorageWeakRef(x.untyped_storage())
+        self._version = _version(x)
+        # what a hook made is gone before the next layer asks; of others the object is still there to be compared with
+        if x._is_view() or x.is_inference():
+            self._address = _address(x)
+            # keeps the address from being given to another tensor, not the memory
+            self._storage = None if self._address is None else StorageWeakRef(x.untyped_storage())
 
     def is_of(self, x: Tensor) -> bool:
         """Whether `x` is that input.
@@ -53,22 +57,28 @@ class InputIdentity:
         Args:
             x: any tensor.
         """
-        if torch.compiler.is_compiling():
-            return self._object() is x
-        address = self._address
-        if address is None or self._storage is None:
-            return self._object() is x
-        return not self._storage.expired() and address == _address(x)
+        before = self._object()
+        if torch.compiler.is_compiling() or before is x:
+            return before is x and self._version == _version(x)
+        if before is not None:
+            address = _address(before)
+        else:
+            address = None if self._storage is None or self._storage.expired() else self._address
+        return address is not None and address == _address(x) and self._version == _version(x)
+
+
+def _version(x: Tensor) -> int | None:
+    """Number of changes in place; None where torch does not count them."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _address(x: Tensor) -> tuple | None:
-    """Where a tensor lies and which state its numbers are in; None where that cannot be told."""
+    """Where the numbers of a tensor lie, and in which form; None where that cannot be told."""
     if type(x) not in (Tensor, nn.Parameter):
         # the memory of a subclass (sharded, fake) is not where its numbers are
         return None
     try:
-        version = None if x.is_inference() else x._version
-        return (x.data_ptr(), x.untyped_storage()._cdata, x.shape, x.stride(), x.dtype, version)
+        return (x.data_ptr(), x.untyped_storage()._cdata, x.shape, x.stride(), x.dtype)
     except (RuntimeError, NotImplementedError):
         # a tensor without memory, as under a transform of torch.func
         return None
@@ -199,6 +209,22 @@ class RoutingContext:
         self.views.append(view)
         return view
 
+    def of_tokens(
+        self, shape_BS: tuple[int, int] | None, mask_BS: Tensor | None = None, **changes: Any
+    ) -> RoutingContext:
+        """A context of this pass for tokens that have nothing to do with these: another side, a tower, a memory.
+
+        Args:
+            shape_BS: their rows and columns; None = not known.
+            mask_BS: bool [B, S], which are real; None = all.
+            **changes: fields that differ besides; nothing is known of their prompt and their documents.
+
+        Returns:
+            As `derive`.
+        """
+        unknown = dict.fromkeys(("prompt_mask_BS", "sequence_BS", "num_sequences"))
+        return self.derive(**{**unknown, "shape_BS": shape_BS, "mask_BS": mask_BS, **changes})
+
     def close(self) -> None:
         """End the pass: its routers register nothing more."""
         for context in (self, *self.views):
@@ -272,14 +298,7 @@ class RoutingContext:
     def _view(self, batch: int, length: int, flat: bool) -> RoutingContext:
         given = self.shape_BS if self.shape_BS is not None else None if self.mask_BS is None else self.mask_BS.shape
         own = given is not None and given[0] == batch and not flat
-        changes: dict[str, Any] = {
-            "shape_BS": (batch, length),
-            "rows_known": self.rows_known and (own or given is None),
-            "mask_BS": None,
-            "prompt_mask_BS": None,
-            "sequence_BS": None,
-            "num_sequences": None,
-        }
+        changes: dict[str, Any] = {"rows_known": self.rows_known and (own or given is None)}
         if own and self.shortens:
             changes["mask_BS"] = None if self.mask_BS is None else self._reduced(self.mask_BS, length)
         elif own and 1 < length < given[1]:
@@ -294,7 +313,7 @@ class RoutingContext:
             changes["sequences_known"] = False
         elif given is not None and batch == 1 != given[0]:
             return self.of_table(length)
-        return self.derive(**changes)
+        return self.of_tokens((batch, length), **changes)
 
     def of_table(self, length: int) -> RoutingContext:
         """The context for a table without a batch, as of relative positions, that goes through a layer of tokens.
@@ -304,16 +323,7 @@ class RoutingContext:
         Args:
             length: rows of the table.
         """
-        return self.derive(
-            shape_BS=(1, length),
-            mask_BS=None,
-            prompt_mask_BS=None,
-            sequence_BS=None,
-            num_sequences=None,
-            rows_known=False,
-            carried=None,
-            is_open=False,
-        )
+        return self.of_tokens((1, length), rows_known=False, carried=None, is_open=False)
 
     def _reduced(self, mask_BS: Tensor, length: int) -> Tensor | None:
         """The mask of an input that a tower has shortened in time."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,7 +34,7 @@ _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _global_hook: list[Any] = []
 
 
-class StepState(HoldsFrozen):
+class StepState(HoldsFrozen, ABC):
     """A part of a router that counts in the forward pass and moves once an optimizer step.
 
     Args:
@@ -81,6 +82,7 @@ class StepState(HoldsFrozen):
         """States of equal key move as one when `pooled`."""
         return (type(self).__name__, self.size)
 
+    @abstractmethod
     def measure(self, routing: Routing) -> Tensor:
         """What one decision of a training forward adds to the counter.
 
@@ -90,19 +92,18 @@ class StepState(HoldsFrozen):
         Returns:
             [size]; sums over micro-batches and processes must mean something.
         """
-        raise NotImplementedError
 
     def moves(self) -> list[Tensor]:
         """Parameters that `update` changes."""
         return list(self.parameters())
 
+    @abstractmethod
     def update(self, total: Tensor) -> None:
         """Move, given the counts of a whole step over all processes.
 
         Args:
             total: float64 [size].
         """
-        raise NotImplementedError
 
     def observe(self, routing: Routing, counts: PassCounts | None = None) -> None:
         """Count a decision; no gradient, no wait for the device.
@@ -201,7 +202,7 @@ class PassCounts:
 
     def withdraw(self) -> None:
         """Take the pass back if its backward died; one that runs, as where optimizers step inside it, has not."""
-        if self.in_backward and (self.died or not _in_backward()):
+        if self.in_backward and (self.died or backward_task() == -1):
             for (state, measured), step in zip(self.entries, self.steps):
                 state.passes = [counts for counts in state.passes if counts is not self]
                 if state.moved == step:
@@ -235,26 +236,27 @@ def withdraw_dead(states: Iterable[StepState]) -> None:
         counts.withdraw()
 
 
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def backward_task() -> int:
+    """Number of the backward pass that is under way in this thread, -1 for none and while compiling."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-class StepOwner(nn.Module):
+class StepOwner(nn.Module, ABC):
     """A module whose step states move when it is trained: a router."""
 
     @property
+    @abstractmethod
     def step_states(self) -> list[StepState]:
         """Its states, in the order in which they move."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def is_frozen(self) -> bool:
         """True if its states must stay as they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trained_with(self) -> list[nn.Parameter]:
         """Parameters whose optimizer moves the states; empty if nothing tells."""
-        raise NotImplementedError
 
 
 def step_states(model: nn.Module) -> list[StepState]:
@@ -374,7 +376,7 @@ def _after_any_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[
             elif trained and not _any_in(trained, held):
                 others.update(map(id, owner.step_states))
         moving = [state for state in states if id(state) not in frozen | others]
-        if _in_backward():
+        if backward_task() != -1:
             # each parameter has its own optimizer, but what is pooled moves as one
             pools = {state.pool_key() for state in moving if state.pooled and state.counter is not None}
             pooled = {id(state) for state in states if state.pooled and state.pool_key() in pools} - frozen
