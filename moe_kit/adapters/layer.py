@@ -151,7 +151,7 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         Raises:
             RoutingError: if a router shared by a block or the model cannot read the input of the layer that runs first.
         """
-        context = self._context(x) if context is None else context
+        context = self.state.context_for(self.place, x) if context is None else context
         owner = self.owners[adapter_name]
         router = owner.moe_adapter_router[adapter_name]
         site = router.site
@@ -189,10 +189,6 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
             context.shared.pop(site, None)
             spent.clear()
         spent.add(self.path)
-
-    def _context(self, x: Tensor) -> RoutingContext:
-        """Context of the tokens that this layer sees in the pass that runs, or is recomputed."""
-        return self.state.context_for(self.place, x)
 
     def _rows(self, x: Tensor, context: RoutingContext) -> Tensor:
         """The rows of a flattened input again: a feed-forward block may hand its linears [T, D]."""
@@ -235,7 +231,7 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         active = [name for name in ([active] if isinstance(active, str) else active) if name in self.sites]
         if self._disable_adapters or not active:
             return self.base_layer(x, *args, **kwargs)
-        context = self._context(x)
+        context = self.state.context_for(self.place, x)
         if not context.is_open:
             for name in active:
                 self._forget_spent(name, context)
@@ -262,7 +258,7 @@ class RoutedLayer(nn.Module, FrozenStateLayer):
         base = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters:
             return base
-        context = self._context(x)
+        context = self.state.context_for(self.place, x)
         x_BSD = self._rows(x, context)
         if x_BSD.dim() == 2 and context.shape_BS is None:
             # a model without sequences: one token a row

@@ -98,7 +98,8 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kwargs["generation_config"].disable_compile = True
     else:
         kwargs.setdefault("disable_compile", True)
-    if chunk is not None and (prompt_width(model, args, kwargs) or chunk + 1) > chunk and state.reads_prompt():
+    width = prompt_width(model, args, kwargs)
+    if chunk is not None and (width is None or width > chunk) and state.reads_prompt():
         _warn_chunks(state, chunk)
     return generate_noted(model, *args, **kwargs)
 

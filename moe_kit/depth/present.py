@@ -62,11 +62,7 @@ class DepthPass:
     def for_recomputation(self) -> DepthPass:
         """What recomputation reads of this pass, without a graph."""
         decisions = {
-            column: replace(
-                decision,
-                trace=None,
-                gate_T=None if decision.gate_T is None else leaf_of(decision.gate_T),
-            )
+            column: replace(decision, trace=None, gate_T=leaf_of(decision.gate_T))
             for column, decision in self.decisions.items()
         }
         carrier = CarriedDecisions()

@@ -34,10 +34,10 @@ def routed_class(base: type) -> type:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         unit = self._modules[UNIT]
-        state = unit.state
-        if unit in state.present.executing:
+        present = unit.state.present
+        if unit in present.executing:
             return inner(self, *args, **kwargs)
-        if unit in state.present.skipping:
+        if unit in present.skipping:
             return args[0] if args else kwargs[names[0]]
         if unit.active_name() is None:
             return inner(self, *args, **kwargs)

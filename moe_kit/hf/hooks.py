@@ -99,24 +99,13 @@ class HookedRouting(ModelRouting):
     @property
     def context(self) -> RoutingContext:
         """Tokens of the pass under way, of the one that is recomputed, or of the last one."""
-        found = self._pass()[0]
+        found = self.running()
         return found.context if found.override is None else found.override
 
     @context.setter
     def context(self, context: RoutingContext) -> None:
         """Start a pass by hand; a forward pass of the model starts one with calls of its parts."""
         self.current = Pass(context)
-
-    def context_of(self, place: Place) -> RoutingContext:
-        """Tokens that a layer sees.
-
-        Args:
-            place: where it lies.
-        """
-        found, number = self._pass()
-        if found.override is not None and not place.reads_memory:
-            return found.override
-        return found.seen(place, number)
 
     def _pass(self) -> tuple[Pass, int | None]:
         """The pass of what runs now; with the number of the asking node where it is recomputed."""
@@ -136,15 +125,16 @@ class HookedRouting(ModelRouting):
         return (current, None) if found is None else (found, number)
 
     def context_for(self, place: Place, x: Tensor) -> RoutingContext:
-        """Context of the input of a layer.
+        """Tokens that a layer sees in the pass that runs, or is recomputed.
 
         Args:
             place: where the layer lies.
             x: float [..., D], its input.
         """
-        context = self.context_of(place)
-        table = self.current.table
-        if table is not None and self.current.is_table(x):
+        found, number = self._pass()
+        is_narrowed = found.override is not None and not place.reads_memory
+        context = found.override if is_narrowed else found.seen(place, number)
+        if self.current.table is not None and self.current.is_table(x):
             return context.of_table(x.shape[1])
         return context.fitting(x)
 
@@ -159,7 +149,7 @@ class HookedRouting(ModelRouting):
         Args:
             context: their tokens.
         """
-        found = self._pass()[0]
+        found = self.running()
         previous, found.override = found.override, context
         try:
             yield
