@@ -249,6 +249,19 @@ class RoutedAdapterModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         fill_combined(self.model, adapters, weights, adapter_name, combination_type)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; the last one takes layers, hooks and what was announced with it.
+
+        Args:
+            adapter_name: its name.
+        """
+        super().delete_adapter(adapter_name)
+        # `unload` would take another method's layers off as well
+        tuned = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        if not self.peft_config and all(isinstance(module, self.tuner_layer_cls) for module in tuned):
+            self.unload()
+            self.model.peft_config = self.peft_config
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         # behind `unload` and `merge_and_unload` alike: hooks and what was announced go with the adapters
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
