@@ -7,14 +7,13 @@ is tried without them on a linear as GPTQ's layers look.
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from moe_kit import ConfigError, RoutedAdapterConfig, RoutingError, routing_inputs
 from moe_kit.adapters.collapse import collapse_to_lora
 from moe_kit.adapters.layer import RoutedLayer
-from tests.conformance.common import NAME, config, gradients, wake
+from tests.conformance.common import NAME, config, gradients, take_loras, wake
 from tests.tiny import batch_of, tiny_llama, tiny_moe, wake_banks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,12 +160,7 @@ def test_one_expert_is_peft_s_lora(kind, tmp_path):
         "mixture_of_lora", num_experts=1, top_k=1, r=3, lora_alpha=6, target_modules=TARGETS, losses={}
     )
     model = get_peft_model(KINDS[kind](tmp_path), one).eval()
-    for path, layer in lora.named_modules():
-        if isinstance(layer, LoraLayer):
-            bank = model.get_submodule(path).moe_adapter_bank["default"]
-            with torch.no_grad():
-                bank.A[0].copy_(layer.lora_A["default"].weight)
-                bank.B[0].copy_(layer.lora_B["default"].weight)
+    take_loras(model, lora)
     torch.testing.assert_close(logits(model), logits(lora), rtol=1e-3, atol=1e-3)
 
 
