@@ -163,15 +163,14 @@ class AdaptedExperts(nn.Module, FrozenStateLayer):
         """
         return weight_of(self.get_base_layer(), name)
 
-    def adapters_of(self, name: str, adapters: Sequence[str] | None = None) -> list[ExpertLoRA]:
+    def adapters_of(self, name: str, adapters: Sequence[str]) -> list[ExpertLoRA]:
         """Adapters of one stack.
 
         Args:
             name: name of the stack.
-            adapters: which; None = the active ones.
+            adapters: which; those without a LoRA here are left out.
         """
-        wanted = self.active_adapters if adapters is None else adapters
-        banks = [self.moe_adapter_bank[a] for a in wanted if a in self.moe_adapter_bank]
+        banks = [self.moe_adapter_bank[a] for a in adapters if a in self.moe_adapter_bank]
         return [bank[name] for bank in banks if name in bank]
 
     def forward(
@@ -229,7 +228,7 @@ class AdaptedExperts(nn.Module, FrozenStateLayer):
 
     def _product(
         self,
-        names: Sequence[str] | None,
+        names: Sequence[str],
         name: str,
         x: Tensor,
         plan: RoutePlan,

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.config import RoutedAdapterConfig
@@ -73,8 +73,8 @@ def combined_config(
     _check(model, configs, weights, combination_type)
     first = next(iter(configs.values()))
     ranks = {}
-    for path, banks in _banks(model, list(configs)):
-        found = [_rank(bank) for bank in banks]
+    for path, _, banks in _banks(model, list(configs)):
+        found = [bank.B.shape[-1] for bank in banks]
         if combination_type == "linear" and len(set(found)) > 1:
             raise RoutingError(f"the experts at {path} have ranks {found}: 'linear' needs one rank, 'cat' takes any.")
         ranks[path] = sum(found) if combination_type == "cat" else found[0]
@@ -114,9 +114,9 @@ def fill_combined(
     for layer in model.modules():
         if isinstance(layer, RoutedLayer) and name in layer.moe_adapter_router:
             layer.moe_adapter_router[name].load_state_dict(layer.moe_adapter_router[adapters[0]].state_dict())
-    for path, (*banks, new) in _banks(model, [*adapters, name]):
+    for _, layer, (*banks, new) in _banks(model, [*adapters, name]):
         factors = [
-            weight * bank.scale * _constant(model, path, adapter) / (new.scale * _constant(model, path, name))
+            weight * bank.scale * _constant(layer, adapter) / (new.scale * _constant(layer, name))
             for adapter, weight, bank in zip(adapters, weights, banks, strict=True)
         ]
         if combination_type == "cat":
@@ -175,8 +175,8 @@ def _several(what: str) -> str:
     )
 
 
-def _banks(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
-    """Path of each adapted linear or stack, and what each adapter has there."""
+def _banks(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, list[Any]]]:
+    """Path of each adapted linear or stack, its layer, and what each adapter has there."""
     for path, layer in model.named_modules():
         if not isinstance(layer, (RoutedLayer, AdaptedExperts)):
             continue
@@ -187,17 +187,11 @@ def _banks(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, list[A
             missing = [name for name in names if part not in stacks.get(name, {})]
             if missing:
                 raise RoutingError(f"{where} has no adapter {missing[0]!r}: combine adapters of the same targets.")
-            yield where, [stacks[name][part] for name in names]
+            yield where, layer, [stacks[name][part] for name in names]
 
 
-def _rank(bank: Any) -> int:
-    B_EOL: Tensor = bank.B
-    return B_EOL.shape[-1]
-
-
-def _constant(model: nn.Module, path: str, name: str) -> float:
+def _constant(layer: nn.Module, name: str) -> float:
     """Weight that a router gives whatever it chooses: ReMix's follows from the rank, which a sum changes."""
-    layer = dict(model.named_modules()).get(path)
     if not isinstance(layer, RoutedLayer):
         return 1.0
     weight = layer.owners[name].moe_adapter_router[name].weight

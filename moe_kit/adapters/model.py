@@ -26,10 +26,12 @@ from moe_kit.adapters.mixed_batch import rows_with_adapters
 from moe_kit.adapters.targets import (
     all_linears,
     check_patterns,
+    check_quantised,
     describe,
     expert_parameters,
     is_linear,
     nothing_matched,
+    untried_linears,
 )
 from moe_kit.errors import CheckpointError, ConfigError, RoutingError
 from moe_kit.hf.delivery import announce
@@ -109,7 +111,9 @@ class RoutedAdapterModel(BaseTuner):
 
     def _prepare_model(self, peft_config: RoutedAdapterConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
-        if not (peft_config.expert_pattern or peft_config.rank_pattern or peft_config.alpha_pattern):
+        untried = untried_linears(model)
+        patterns = peft_config.expert_pattern or peft_config.rank_pattern or peft_config.alpha_pattern
+        if not (untried or patterns):
             return
         # PEFT has filled in its default targets, and has not changed the model yet
         linears = [
@@ -117,6 +121,7 @@ class RoutedAdapterModel(BaseTuner):
             for path, module in model.named_modules()
             if path and is_linear(module) and self._check_target_module_exists(peft_config, path)
         ]
+        check_quantised(model, linears, untried)
         # where nothing is adapted at all, that is what will be said
         if linears or peft_config.target_parameters:
             check_patterns(model, linears, peft_config)
@@ -248,6 +253,19 @@ class RoutedAdapterModel(BaseTuner):
         self.peft_config[adapter_name] = combined_config(self.model, configs, weights, combination_type)
         self.inject_adapter(self.model, adapter_name)
         fill_combined(self.model, adapters, weights, adapter_name, combination_type)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; the last one takes layers, hooks and what was announced with it.
+
+        Args:
+            adapter_name: its name.
+        """
+        super().delete_adapter(adapter_name)
+        # `unload` would take another method's layers off as well
+        tuned = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        if not self.peft_config and all(isinstance(module, self.tuner_layer_cls) for module in tuned):
+            self.unload()
+            self.model.peft_config = self.peft_config
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         # behind `unload` and `merge_and_unload` alike: hooks and what was announced go with the adapters

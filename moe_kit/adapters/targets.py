@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 _HEADS = ("score", "classifier", "classification_head", "qa_outputs")
 
+# quantisers whose linears the tests try, by transformers' names; docs/quantised.md has the table
+_TRIED = ("awq", "bitsandbytes", "gptq", "hqq", "quanto", "torchao")
+# linears of quantisers that leave no note in the configuration
+_UNNOTED = {"PatchedLinear": "inc"}
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether routed adapters can go on a module: linears, transformers' Conv1D, quantised linears, adapted linears.
@@ -207,6 +212,52 @@ def _without_exclusion(linears: list[str], config: RoutedAdapterConfig) -> list[
     free = copy(config)
     free.exclude_modules = free.modules_to_save = None
     return [path for path in linears if check_target_module_exists(free, path)]
+
+
+def untried_linears(model: nn.Module) -> dict[str, str]:
+    """Linears in a quantised format that routed adapters were never tried on.
+
+    Args:
+        model: the inner model.
+
+    Returns:
+        Path -> name of the quantiser. A linear that it left alone is as good as any.
+    """
+    settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    given = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = getattr(given, "value", given)
+    found = {}
+    for path, module in model.named_modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        name = _UNNOTED.get(type(base).__name__, method)
+        if name is not None and name not in _TRIED and is_linear(base) and not _is_whole(base):
+            found[path] = name
+    return found
+
+
+def _is_whole(linear: nn.Module) -> bool:
+    weight = getattr(linear, "weight", None)
+    return type(linear) in (nn.Linear, Conv1D) and weight is not None and weight.is_floating_point()
+
+
+def check_quantised(model: nn.Module, linears: list[str], untried: dict[str, str]) -> None:
+    """Refuse linears in a quantised format that was never tried.
+
+    Args:
+        model: the inner model.
+        linears: paths of the linears that the configuration adapts.
+        untried: as `untried_linears` gives them.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for path in linears:
+        if path in untried:
+            raise ConfigError(
+                f"{path} is a {type(model.get_submodule(path)).__name__}, quantised by {untried[path]!r}, on which routed "
+                f"adapters were never tried; they were on {', '.join(_TRIED)}. Load the base quantised by one of these or "
+                "unquantised (dequantize=True, where its quantization_config has it), or target linears that were left whole."
+            )
 
 
 def check_patterns(model: nn.Module, linears: list[str], config: RoutedAdapterConfig) -> None:

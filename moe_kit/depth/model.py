@@ -177,11 +177,13 @@ class LayerRoutingModel(BaseTuner):
         yield
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter and its columns."""
+        """Delete an adapter and its columns; the last one takes units, hooks and what was announced with it."""
         super().delete_adapter(adapter_name)
         state = attach_depth(self.model, len(self._depth_found.layers), self._depth_found.anchors)
         state.units.pop(adapter_name, None)
         state.configs.pop(adapter_name, None)
+        if not self.peft_config:
+            self.unload()
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

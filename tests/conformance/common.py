@@ -2,6 +2,7 @@
 
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from moe_kit import RoutedAdapterConfig
 from tests.tiny import batch_of, tiny_llama, wake_banks
@@ -29,6 +30,16 @@ def wake(model, seed=11):
         if "moe_adapter_router" in key:
             with torch.no_grad():
                 value.copy_(torch.randn(value.shape, generator=generator))
+
+
+@torch.no_grad()
+def take_loras(model, plain):
+    """Give mixtures of one expert the weights of LoRAs on the same linears, adapter by adapter."""
+    for path, layer in plain.named_modules():
+        if isinstance(layer, LoraLayer):
+            for name, bank in model.get_submodule(path).moe_adapter_bank.items():
+                bank.A[0].copy_(layer.lora_A[name].weight)
+                bank.B[0].copy_(layer.lora_B[name].weight)
 
 
 def gradients(model):

@@ -5,29 +5,14 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from peft import LoraConfig, get_peft_model
 from torch.nn.utils import parametrize
 
-from moe_kit import RoutedAdapterConfig, RoutingError
+from moe_kit import RoutingError
 from moe_kit.adapters.base_experts import AdaptedExperts
-from tests.tiny import tiny_moe
 from tests.tolerances import assert_close
+from tests.users.base_experts import adapted
 
-STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(4))
-
-
-def adapted(kind="routed", family="Qwen3Moe", **overrides):
-    torch.manual_seed(0)
-    if kind == "lora":
-        config = LoraConfig(r=3, target_modules=[], target_parameters=["mlp." + name for name in STACKS])
-    else:
-        config = RoutedAdapterConfig.from_preset("mixture_of_lora", r=3, target_parameters=STACKS, **overrides)
-    model = get_peft_model(tiny_moe(family), config)
-    for name, value in model.named_parameters():
-        if name.endswith(".B") or "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.3)
-    return model.eval()
 
 
 def logits(model):

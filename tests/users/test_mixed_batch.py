@@ -1,6 +1,8 @@
 """One batch whose rows use different adapters: each row is what it would be in a batch under its own adapter."""
 
 from collections import OrderedDict
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -62,6 +64,24 @@ def alone(model, call, names):
     return [found[row] for row in range(len(names))]
 
 
+@torch.no_grad()
+def logits(model, batch, rows, task_ids=None, **names):
+    given = nullcontext() if task_ids is None else routing_inputs(model, task_ids=task_ids[rows])
+    with given:
+        return model(**{key: value[rows] for key, value in batch.items()}, **names).logits
+
+
+def forwarded(model, batch, active="a", **inputs):
+    """Compare a mixed forward pass with rows under their own adapter, padding aside."""
+    call = partial(logits, model, batch, **inputs)
+    expected = torch.cat(alone(model, call, NAMES))
+    model.set_adapter(active)
+    found = call(list(range(len(NAMES))), adapter_names=NAMES)
+    real = batch["attention_mask"].bool()
+    assert_close("logits", found[real], expected[real])
+    return found
+
+
 def generated(model, names, batch, **settings):
     """Compare a mixed `generate` with rows under their own adapter."""
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **settings}
@@ -82,21 +102,11 @@ OTHER = dict(num_experts=3, top_k=1, r=2, target_modules=["q_proj", "down_proj"]
 def test_forward_of_every_method(case):
     model = two(case.config(), config(**OTHER))
     wake_routers(model)
-    batch, tasks = padded(), torch.tensor([0, 1, 2, 2, 1])
-    tasked = case.config().scope == "task"
-
-    @torch.no_grad()
-    def call(rows, **names):
-        given = {"task_ids": tasks[rows]} if tasked else {}
-        with routing_inputs(model, **given):
-            return model(**{key: value[rows] for key, value in batch.items()}, **names).logits
-
-    expected = torch.stack([row[0] for row in alone(model, call, NAMES)])
-    found = call(list(range(len(NAMES))), adapter_names=NAMES)
-    real = batch["attention_mask"].bool()
-    assert_close("logits", found[real], expected[real])
+    batch = padded()
+    tasks = {"task_ids": torch.tensor([0, 1, 2, 2, 1])} if case.config().scope == "task" else {}
+    found = forwarded(model, batch, **tasks)
     # and the adapters do differ on these rows
-    assert not torch.allclose(found, call(list(range(len(NAMES)))), atol=1e-2)
+    assert not torch.allclose(found, logits(model, batch, list(range(len(NAMES))), **tasks), atol=1e-2)
 
 
 def test_peft_s_lora_agrees_on_the_meaning():
@@ -104,16 +114,7 @@ def test_peft_s_lora_agrees_on_the_meaning():
         LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
         LoraConfig(r=3, target_modules=["up_proj"], init_lora_weights=False),
     )
-    batch = padded()
-
-    @torch.no_grad()
-    def call(rows, **names):
-        return model(**{key: value[rows] for key, value in batch.items()}, **names).logits
-
-    expected = torch.stack([row[0] for row in alone(model, call, NAMES)])
-    found = call(list(range(len(NAMES))), adapter_names=NAMES)
-    real = batch["attention_mask"].bool()
-    assert_close("logits", found[real], expected[real])
+    forwarded(model, padded())
 
 
 class TestGenerate:
@@ -197,16 +198,8 @@ class TestBaseExperts:
         model = two(first, second, tiny_moe(family).eval())
         wake(model)
         batch = padded()
-
-        @torch.no_grad()
-        def call(rows, **names):
-            return model(**{key: value[rows] for key, value in batch.items()}, **names).logits
-
-        expected = torch.stack([row[0] for row in alone(model, call, NAMES)])
-        found = call(list(range(len(NAMES))), adapter_names=NAMES)
-        real = batch["attention_mask"].bool()
-        assert_close("logits", found[real], expected[real])
-        assert not torch.allclose(found[2], call([2])[0], atol=1e-3)
+        found = forwarded(model, batch)
+        assert not torch.allclose(found[2], logits(model, batch, [2])[0], atol=1e-3)
         generated(model, NAMES, padded(side="left"), num_beams=2)
 
     def test_merged_experts_are_named(self):
@@ -232,26 +225,13 @@ class TestBaseExperts:
 
 
 class TestFurtherModules:
-    def call(self, model, batch):
-        @torch.no_grad()
-        def run(rows, **names):
-            return model(**{key: value[rows] for key, value in batch.items()}, **names).logits
-
-        return run
-
     @pytest.mark.parametrize("active", ["a", "b"])
     def test_a_copy_that_one_adapter_has(self, active):
         model = two(config(modules_to_save=["lm_head"]), config(**OTHER))
         wake(model)
         with torch.no_grad():
             model.get_base_model().lm_head.modules_to_save["a"].weight.mul_(-1.0)
-        batch = padded()
-        call = self.call(model, batch)
-        expected = torch.stack([row[0] for row in alone(model, call, NAMES)])
-        model.set_adapter(active)
-        found = call(list(range(len(NAMES))), adapter_names=NAMES)
-        real = batch["attention_mask"].bool()
-        assert_close("logits", found[real], expected[real])
+        forwarded(model, padded(), active)
         assert model.active_adapter == active
         assert model.get_base_model().lm_head.active_adapters == (["a"] if active == "a" else [])
 
@@ -263,12 +243,7 @@ class TestFurtherModules:
             for key, value in model.named_parameters():
                 if "trainable_tokens_delta" in key:
                     value.mul_(-2.0)
-        batch = padded()
-        call = self.call(model, batch)
-        expected = torch.stack([row[0] for row in alone(model, call, NAMES)])
-        found = call(list(range(len(NAMES))), adapter_names=NAMES)
-        real = batch["attention_mask"].bool()
-        assert_close("logits", found[real], expected[real])
+        forwarded(model, padded())
 
 
 def test_a_model_without_sequences():
@@ -318,17 +293,14 @@ class TestWhatIsLeft:
         model = two(config(), config(**OTHER))
         wake(model)
         batch = padded()
+        hooks = [len(module._forward_pre_hooks) for module in model.modules()]
         with torch.no_grad():
             before = model(**batch).logits
             model(**batch, adapter_names=NAMES)
             with pytest.raises(RoutingError):
                 model(**batch, adapter_names=["a"])
             assert torch.equal(model(**batch).logits, before)
-        assert not [
-            m
-            for m in model.get_base_model().modules()
-            if m is not model.get_base_model() and len(m._forward_pre_hooks) > 1
-        ]
+        assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
     def test_disabled_adapters_are_the_base(self):
         model = two(config(), config(**OTHER))

@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 import moe_kit
 from moe_kit import ConfigError, RoutedAdapterConfig
+from tests.conformance.common import take_loras
 from tests.tiny import batch_of, tiny_llama, tiny_moe
 from tests.tolerances import assert_close
 
@@ -28,12 +29,7 @@ def routed(preset="mixture_of_lora", base=None, **more):
 def one_expert(model):
     """A mixture of one expert with the weights of a LoRA."""
     alone = routed(num_experts=1, top_k=1, losses={}, weight="indicator")
-    for name, module in alone.named_modules():
-        if hasattr(module, "moe_adapter_bank") and "default" in module.moe_adapter_bank:
-            other, bank = model.get_submodule(name), module.moe_adapter_bank["default"]
-            with torch.no_grad():
-                bank.A[0].copy_(other.lora_A["default"].weight)
-                bank.B[0].copy_(other.lora_B["default"].weight)
+    take_loras(alone, model)
     return alone
 
 

@@ -1,7 +1,6 @@
 """Options that a user of PEFT's LoRA brings along: each works as it does there, or is refused with its reason."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +13,12 @@ from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.layer import RoutedLayer
 from moe_kit.adapters.refused import REFUSED_OPTIONS
 from moe_kit.routing.state import find_routing_state
-from tests.conformance.common import NAME, config, wake
+from tests.conformance.common import NAME, config, take_loras, wake
 from tests.tiny import batch_of, tiny_llama, tiny_moe
 from tests.tolerances import assert_close
 
 # embedded tokens of the batch that all tests share
 ROWS = sorted(set(batch_of()["input_ids"].flatten().tolist()))[1:3]
-PAGE = Path(__file__).parent.parent.parent / "docs" / "peft_lora.md"
 
 
 def lora(**options):
@@ -139,12 +137,7 @@ class TestAlphaPattern:
         )
         plain = wrapped(lora, **options)
         model = wrapped(ours, **options, num_experts=1, top_k=1, losses={})
-        for path, layer in plain.named_modules():
-            if isinstance(layer, LoraLayer):
-                bank = model.get_submodule(path).moe_adapter_bank[NAME]
-                with torch.no_grad():
-                    bank.A[0].copy_(layer.lora_A[NAME].weight)
-                    bank.B[0].copy_(layer.lora_B[NAME].weight)
+        take_loras(model, plain)
         assert_close("logits", logits(model), logits(plain.eval()))
 
     def test_experts_of_the_base(self):

@@ -7,14 +7,13 @@ is tried without them on a linear as GPTQ's layers look.
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from moe_kit import ConfigError, RoutedAdapterConfig, RoutingError, routing_inputs
 from moe_kit.adapters.collapse import collapse_to_lora
 from moe_kit.adapters.layer import RoutedLayer
-from tests.conformance.common import NAME, config, gradients, wake
+from tests.conformance.common import NAME, config, gradients, take_loras, wake
 from tests.tiny import batch_of, tiny_llama, tiny_moe, wake_banks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,6 +82,7 @@ KINDS = {
         folder, "torchao", lambda: torchao("Int8DynamicActivationInt8WeightConfig")
     ),
     "hqq 4-bit": hqq,
+    "quanto int8": lambda folder: loaded(folder, "optimum.quanto", lambda: QuantoConfig(weights="int8")),
 }
 # kinds that PEFT's LoRA knows here, to compare with; LoRA has no layer for a class that only looks like GPTQ's
 KNOWN_TO_LORA = [kind for kind in KINDS if kind != "gptq-like"]
@@ -160,12 +160,7 @@ def test_one_expert_is_peft_s_lora(kind, tmp_path):
         "mixture_of_lora", num_experts=1, top_k=1, r=3, lora_alpha=6, target_modules=TARGETS, losses={}
     )
     model = get_peft_model(KINDS[kind](tmp_path), one).eval()
-    for path, layer in lora.named_modules():
-        if isinstance(layer, LoraLayer):
-            bank = model.get_submodule(path).moe_adapter_bank["default"]
-            with torch.no_grad():
-                bank.A[0].copy_(layer.lora_A["default"].weight)
-                bank.B[0].copy_(layer.lora_B["default"].weight)
+    take_loras(model, lora)
     torch.testing.assert_close(logits(model), logits(lora), rtol=1e-3, atol=1e-3)
 
 
@@ -191,6 +186,31 @@ class TestRefused:
                 module.down_proj = nn.Parameter(weight.mul(10).round().to(torch.int8), requires_grad=False)
         with pytest.raises(ConfigError, match=r"MixtralExperts.*quantised"):
             get_peft_model(base, config(target_modules=None, target_parameters=["experts.down_proj"]))
+
+    @pytest.mark.parametrize("targets", ["all-linear", ["up_proj", "o_proj"]], ids=["all", "named"])
+    @pytest.mark.parametrize("method", ["fp8", "aqlm", "eetq", "vptq", "compressed-tensors"])
+    def test_quantisers_that_were_not_tried(self, method, targets):
+        base = replaced(QuantLinear)
+        plain = logits(base)
+        base.config.quantization_config = {"quant_method": method}
+        with pytest.raises(ConfigError, match=rf"is a QuantLinear, quantised by '{method}'.*unquantised"):
+            get_peft_model(base, config(target_modules=targets))
+        assert not any(isinstance(module, RoutedLayer) for module in base.modules())
+        assert torch.equal(logits(base), plain)
+
+    def test_a_linear_that_such_a_quantiser_left_whole(self):
+        base = tiny_llama(**WIDE)
+        base.config.quantization_config = {"quant_method": "mxfp4"}
+        base.model.layers[0].mlp.up_proj = QuantLinear(base.model.layers[0].mlp.up_proj)
+        model = get_peft_model(base, config(target_modules=["o_proj"]))
+        assert sum(isinstance(module, RoutedLayer) for module in model.modules()) == 2
+
+    def test_layers_of_neural_compressor(self):
+        base = tiny_llama(**WIDE)
+        made = type("PatchedLinear", (QuantLinear,), {})
+        base.model.layers[1].self_attn.o_proj = made(base.model.layers[1].self_attn.o_proj)
+        with pytest.raises(ConfigError, match=r"layers\.1\.self_attn\.o_proj is a PatchedLinear, quantised by 'inc'"):
+            get_peft_model(base, config(target_modules=["o_proj"]))
 
     @pytest.mark.parametrize("kind", ["ColumnParallelLinear", "RowParallelLinear", "LayerNormLinear", "LayerNormMLP"])
     def test_layers_whose_call_is_not_a_linear_s(self, kind):

@@ -10,7 +10,7 @@ from moe_kit.adapters.base_experts import AdaptedExperts
 from moe_kit.adapters.layer import RoutedLayer
 from moe_kit.routing.state import find_routing_state
 from tests.adapters.rule_cases import wake_routers
-from tests.conformance.common import config
+from tests.conformance.common import config, take_loras
 from tests.tiny import batch_of, tiny_llama, tiny_moe, wake_banks
 
 WEIGHTS = [0.75, -1.5]
@@ -132,12 +132,7 @@ class TestSums:
         settings = dict(r=3, target_modules=["q_proj"], init_lora_weights=False)
         lora = get_peft_model(tiny_llama().eval(), LoraConfig(lora_alpha=16, **settings), adapter_name="a")
         lora.add_adapter("b", LoraConfig(lora_alpha=5, **settings))
-        for path, layer in lora.named_modules():
-            if isinstance(layer, LoraLayer):
-                for name, bank in model.get_submodule(path).moe_adapter_bank.items():
-                    with torch.no_grad():
-                        layer.lora_A[name].weight.copy_(bank.A[0])
-                        layer.lora_B[name].weight.copy_(bank.B[0])
+        take_loras(model, lora)
         for each in (model, lora):
             each.add_weighted_adapter(["a", "b"], WEIGHTS, "sum", combination_type="linear")
             each.set_adapter("sum")
