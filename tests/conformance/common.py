@@ -35,6 +35,17 @@ def gradients(model):
     return {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
 
 
+class Caught(torch.optim.SGD):
+    """Keeps the gradients of every step and moves nothing."""
+
+    def __init__(self, model):
+        self.model, self.caught = model, []
+        super().__init__([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+    def step(self, closure=None):
+        self.caught.append(gradients(self.model))
+
+
 def adapter_state(model, name=NAME):
     return {key: value for key, value in model.state_dict().items() if f".{name}." in key}
 

@@ -3,11 +3,10 @@
 import torch
 import transformers
 from peft import get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from moe_kit.routing import weighted_routing_loss
-from tests.conformance.common import config, gradients, wake
+from tests.conformance.common import Caught, config, gradients, wake
 from tests.tiny import MOE_FAMILIES, tiny_llama
 
 # large, so that the part of the auxiliary loss is no small difference of two float32 gradients
@@ -51,16 +50,6 @@ def base_without_coefficient(family: str) -> PreTrainedModel:
     return model
 
 
-def words_tokenizer(size: int = 61) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words w2, w3, ..., one token each."""
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, size)}}
-    inner = Tokenizer(models.WordLevel(words, unk_token=f"w{size - 1}"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token=f"w{size - 1}"
-    )
-
-
 def routed_model(base=None, preset="mixture_of_lora", **overrides):
     """A wrapped base in training mode, awake; TRL looks for an adapter named default."""
     base = tiny_llama() if base is None else base
@@ -68,17 +57,6 @@ def routed_model(base=None, preset="mixture_of_lora", **overrides):
     model = get_peft_model(base, config(preset, **overrides))
     wake(model)
     return model.train()
-
-
-class Caught(torch.optim.SGD):
-    """Keeps the gradients of every step and moves nothing."""
-
-    def __init__(self, model):
-        self.model, self.caught = model, []
-        super().__init__([p for p in model.parameters() if p.requires_grad], lr=0.0)
-
-    def step(self, closure=None):
-        self.caught.append(gradients(self.model))
 
 
 def catch(train, build, losses, **options):
