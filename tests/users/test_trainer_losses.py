@@ -377,15 +377,15 @@ class TestTRL:
 
 
 @pytest.mark.parametrize("train_mode", [True, False])
-@pytest.mark.parametrize("adapter", [True, False])
-def test_a_reference_pass_leaves_the_losses_of_the_training_pass(adapter, train_mode):
+@pytest.mark.parametrize(("adapter", "gradients"), [(True, False), (False, False), (False, True)])
+def test_a_reference_pass_leaves_the_losses_of_the_training_pass(adapter, gradients, train_mode):
     model = build(SWITCH).train()
     assert weighted_routing_loss(model).item() == 0.0
     model(**batch_of())
     expected, parts = weighted_routing_loss(model), routing_losses(model)
     assert expected > 0
     model.train(train_mode)
-    with torch.no_grad(), nullcontext() if adapter else model.disable_adapter():
+    with torch.set_grad_enabled(gradients), nullcontext() if adapter else model.disable_adapter():
         model(input_ids=torch.full((2, 5), 3))
     if not train_mode:
         assert routing_losses(model) == {}
