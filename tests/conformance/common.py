@@ -29,6 +29,9 @@ def wake(model, seed=11):
         if "moe_adapter_router" in key:
             with torch.no_grad():
                 value.copy_(torch.randn(value.shape, generator=generator))
+                if key.endswith("stepper.strength"):
+                    # it starts at 1e-4 and stays positive; a large one would drown the loss that is trained
+                    value.abs_().mul_(1e-3)
 
 
 def gradients(model):

@@ -17,9 +17,9 @@ from tests.users.trainers import QUIET, TEXTS, preferences, routed_model, tiny_c
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-# presets whose whole function is in their parameters; the reference policy is a copy of these
-ROUTED = ["mixture_of_lora", "dense_lora_moe", "hydralora", "adamole", "mhr_mu", "mola"]
-# "informed" draws Gumbel noise in training, of its own in the reference; "dr_llm" has nothing to learn here
+# "remix" and task routers are refused below, and so is "dr_llm"; "informed" has a test of its own
+ROUTED = ["mixture_of_lora", "dense_lora_moe", "hydralora", "expert_choice", "loss_free", "adamole", "remoe", "flylora"]
+ROUTED += ["mhr_mu", "mola"]
 DEPTH = ["first", "flexi", "mod"]
 
 
@@ -28,7 +28,9 @@ def model_of(kind, preset, classifies=False):
     base = tiny_classifier(layers=4) if classifies else tiny_llama(layers=4)
     task = "SEQ_CLS" if classifies else "CAUSAL_LM"
     if kind == "routed":
-        return routed_model(base, preset, task_type=task)
+        # experts that choose tokens see later ones, in the policy and in its reference
+        leak = dict(causal_leak="allow") if preset == "expert_choice" else {}
+        return routed_model(base, preset, task_type=task, **leak)
     torch.manual_seed(5)
     config = (
         LayerRoutingConfig.from_preset(preset, task_type=task)
@@ -141,7 +143,9 @@ class TestSFT:
         assert losses[-1] < losses[0]
         assert learned(trainer.model, before)
 
-    @pytest.mark.parametrize(("kind", "preset"), [("lora", "lora"), ("routed", "mixture_of_lora"), ("depth", "mod")])
+    @pytest.mark.parametrize(
+        ("kind", "preset"), [("lora", "lora"), ("routed", "mixture_of_lora"), ("routed", "loss_free"), ("depth", "mod")]
+    )
     def test_checkpointing_changes_nothing(self, tmp_path, kind, preset):
         ends = [
             train("SFT", model_of(kind, preset), tmp_path, gradient_checkpointing=checkpointing)[0].model.state_dict()
@@ -169,6 +173,18 @@ class TestSFT:
         assert logs[0]["loss"] != logs[1]["loss"]
         # the balance is over all tokens either way
         assert logs[0]["aux_loss"] == pytest.approx(logs[1]["aux_loss"], rel=1e-5)
+
+    @pytest.mark.parametrize(
+        "trainer_name",
+        ["SFT", "DPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("KTO", "GRPO", "RLOO"))],
+    )
+    def test_layer_routers_with_noise(self, tmp_path, trainer_name):
+        """Each pass draws Gumbel noise of its own, the reference too: neither starts nor losses can be compared."""
+        trainer, before = train(trainer_name, model_of("depth", "informed"), tmp_path, max_steps=4)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 4
+        assert all(math.isfinite(loss) for loss in losses)
+        assert any("moe_depth_router" in name for name in learned(trainer.model, before))
 
     def test_accumulation_changes_little(self, tmp_path):
         """Dense routers without auxiliary losses: the split of a batch does not matter."""
@@ -237,7 +253,11 @@ class TestResume:
     )
     @pytest.mark.parametrize(
         ("kind", "preset"),
-        [("lora", "lora"), ("routed", "mixture_of_lora"), pytest.param("depth", "first", marks=pytest.mark.slow)],
+        [
+            ("lora", "lora"),
+            ("routed", "mixture_of_lora"),
+            *(pytest.param(*kind, marks=pytest.mark.slow) for kind in (("routed", "loss_free"), ("depth", "first"))),
+        ],
     )
     def test_a_resumed_run_ends_where_an_uninterrupted_one_does(self, tmp_path, trainer_name, kind, preset):
         options = dict(max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=2)
