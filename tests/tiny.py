@@ -2,7 +2,15 @@
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 # family -> what its tiny configuration has beside the sizes that all share
 MOE_FAMILIES = {
@@ -80,6 +88,14 @@ def quiet_arguments(folder, **overrides) -> TrainingArguments:
     """Arguments of a trainer on the CPU that reports and saves nothing."""
     values = dict(report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True)
     return TrainingArguments(str(folder), **{**values, **overrides})
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w2, w3, ..., w60, one token each."""
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 61)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w60"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="w60")
 
 
 def wake_banks(model: torch.nn.Module, std: float = 0.3) -> None:

@@ -172,9 +172,7 @@ def _follow(state: HookedRouting, model: nn.Module, output: Any, auxiliary: Tens
         _at_backward(*step, state, auxiliary, output)
 
 
-@torch.compiler.disable
-def _follow_eagerly(state: HookedRouting, model: nn.Module, output: Any, auxiliary: Tensor) -> None:
-    _follow(state, model, output, auxiliary)
+_follow_eagerly = torch.compiler.disable(_follow)
 
 
 @torch.compiler.assume_constant_result

@@ -167,8 +167,7 @@ def change_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if not isinstance(output, dict):
         return changed(output)
     for name, value in list(output.items()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            output[name] = change(value)
+        output[name] = changed(value)
     return output
 
 
@@ -218,7 +217,7 @@ def _before_any_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) 
             continue
         if watch.unguided is not None and not _held(optimizer, watch.unguided[1]):
             continue
-        state.watch = type(watch)()
+        state.watch = Watch()
         if watch.unguided is not None:
             site, router = watch.unguided
             if not any(p.grad is not None and bool(p.grad.any()) for p in _held(optimizer, router)):

@@ -151,8 +151,8 @@ def inspect_model(model: Any, adapter_name: str = "default") -> Inspection:
                     experts=bank.num_experts,
                     active=active,
                     active_form=form,
-                    parameters=_count(_tensors(bank)),
-                    shared_parameters=_count(w for w in _tensors(bank) if not _is_stack(w, bank.num_experts)),
+                    parameters=_count(bank.parameters()),
+                    shared_parameters=_count(w for w in bank.parameters() if not _is_stack(w, bank.num_experts)),
                     router=owner.path,
                     router_parameters=_count(trainable_kinds(router)) if owner is module else 0,
                     router_active=_met(router) if owner is module else 0,
@@ -286,11 +286,6 @@ def _count(tensors: Any) -> int:
     return sum(t.numel() for t in tensors)
 
 
-def _tensors(bank: Any) -> list[Any]:
-    """Weights of a bank."""
-    return list(bank.parameters())
-
-
 def _is_stack(weight: Any, experts: int) -> bool:
     """Whether a weight has a slice for each expert; banks keep these in three dimensions, expert first."""
     return weight.dim() == 3 and weight.shape[0] == experts
@@ -298,12 +293,11 @@ def _is_stack(weight: Any, experts: int) -> bool:
 
 def _met(router: Any) -> int:
     """Count the weights of a router that a token meets."""
+    from moe_kit.routing.frozen import frozen_parameters
     from moe_kit.routing.score import TaskTableScore
 
     if isinstance(router.scorer, TaskTableScore):
         return router.num_experts
-    from moe_kit.routing.frozen import frozen_parameters
-
     # vectors among the frozen are counts, biases of the choice and thresholds
     state = {id(value) for value in frozen_parameters(router) if value.dim() == 1}
     # the matrix of the noise acts in training only

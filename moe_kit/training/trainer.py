@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from moe_kit.adapters.optimizers import banks_of
 from moe_kit.errors import ConfigError
 from moe_kit.hf.batch import predicts_next_token
 from moe_kit.routing.state import ModelRouting, find_routing_state, policy_gradient
@@ -89,12 +90,13 @@ def param_groups(
     routers: dict[float, list[nn.Parameter]] = {}
     others: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []
+    experts_b = {id(bank.B) for bank in banks_of(model)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         _, is_router, rest = name.partition(".moe_adapter_router.")
         if not is_router:
-            is_b = ".lora_B." in name or (".moe_adapter_bank." in name and name.endswith(".B"))
+            is_b = ".lora_B." in name or id(parameter) in experts_b
             (fast if is_b and loraplus_lr_ratio != 1 else others).append(parameter)
             continue
         rate = own.get(rest.partition(".")[0]) if router_lr is None else router_lr

@@ -30,6 +30,9 @@ def wake(model, seed=11):
         if "moe_adapter_router" in key:
             with torch.no_grad():
                 value.copy_(torch.randn(value.shape, generator=generator))
+                if key.endswith("stepper.strength"):
+                    # it starts at 1e-4 and stays positive; a large one would drown the loss that is trained
+                    value.abs_().mul_(1e-3)
 
 
 @torch.no_grad()
@@ -44,6 +47,17 @@ def take_loras(model, plain):
 
 def gradients(model):
     return {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+
+
+class Caught(torch.optim.SGD):
+    """Keeps the gradients of every step and moves nothing."""
+
+    def __init__(self, model):
+        self.model, self.caught = model, []
+        super().__init__([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+    def step(self, closure=None):
+        self.caught.append(gradients(self.model))
 
 
 def adapter_state(model, name=NAME):

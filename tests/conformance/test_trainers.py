@@ -13,24 +13,13 @@ from transformers import Trainer
 from moe_kit import ConfigError, RoutedTrainer, routing_losses
 from moe_kit.hf import hooks
 from moe_kit.routing import weighted_routing_loss
-from tests.conformance.common import NAME, config, gradients, routed, rows, wake
-from tests.tiny import batch_of, quiet_arguments, tiny_llama
+from tests.conformance.common import NAME, Caught, config, gradients, routed, rows, wake
+from tests.tiny import batch_of, quiet_arguments, tiny_llama, words_tokenizer
 from tests.tolerances import assert_close
 
 # large, so that the part of the auxiliary loss is no small difference of two float32 gradients
 COEFFICIENT = 8.0
 SWITCH = dict(losses={"switch": COEFFICIENT}, target_modules=["q_proj", "up_proj"])
-
-
-class Caught(torch.optim.SGD):
-    """Keeps the gradients of every step and moves nothing."""
-
-    def __init__(self, model):
-        self.model, self.caught = model, []
-        super().__init__([p for p in model.parameters() if p.requires_grad], lr=0.0)
-
-    def step(self, closure=None):
-        self.caught.append(gradients(self.model))
 
 
 def uneven_rows():
@@ -252,14 +241,8 @@ class TestOwnLoss:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 61)}}
-    inner = Tokenizer(models.WordLevel(words, unk_token="w60"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="w60")
+def tokenizer():
+    return words_tokenizer()
 
 
 TRL = dict(

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from moe_kit import RoutedTrainer, routing_inputs
 from moe_kit.training.trainer import PolicyConfig
-from tests.conformance.common import gradients, routed, rows
+from tests.conformance.common import Caught, routed, rows
 
 
 class TypedTrainer(Trainer):
@@ -42,17 +42,6 @@ CASES = {
     ),
     "loss_free": (Trainer, dict(preset="loss_free", target_modules=["q_proj"]), {}),
 }
-
-
-class Caught(torch.optim.SGD):
-    """Keeps the gradients of a step and moves nothing."""
-
-    def __init__(self, model):
-        self.model = model
-        super().__init__([p for p in model.parameters() if p.requires_grad], lr=0.0)
-
-    def step(self, closure=None):
-        self.caught = gradients(self.model)
 
 
 def data(typed=False):
@@ -110,7 +99,7 @@ def run(case, folder, size, steps):
     finally:
         torch.rand_like = original
     state = {key: value.detach().clone() for key, value in model.named_parameters() if not value.requires_grad}
-    return {**optimizer.caught, **{key: value for key, value in state.items() if "moe_adapter" in key}}
+    return {**optimizer.caught[-1], **{key: value for key, value in state.items() if "moe_adapter" in key}}
 
 
 if __name__ == "__main__":

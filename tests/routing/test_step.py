@@ -1,11 +1,6 @@
 """State that moves once an optimizer step: rules, one count a forward, hooks under real optimizers, two processes."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -22,6 +17,7 @@ from moe_kit.routing.select import SelectTopK
 from moe_kit.routing.step import step_states, track
 from moe_kit.routing.threshold import SelectPositive, SparsityController
 from moe_kit.routing.weight import ReLUWeight, SigmoidWeight
+from tests.distributed.launch import run_two_processes
 from tests.tolerances import assert_close
 
 E, K, D = 8, 2, 6
@@ -325,15 +321,11 @@ def test_step_states_are_found_in_module_order():
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, {root!r})
 from moe_kit.routing import RoutingContext
 from moe_kit.routing.step import track
 from tests.routing.step_parts import parts, stream
 
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 model = parts()
 track(model)
 ddp = DistributedDataParallel(model)
@@ -342,8 +334,7 @@ for x in stream():
     ddp(x[rank::2]).backward()
     optimizer.step()
     optimizer.zero_grad()
-torch.save({{k: v for k, v in model.state_dict().items() if v.dtype == torch.float32}}, f"{out}/{{rank}}.pt")
-dist.destroy_process_group()
+torch.save({k: v for k, v in model.state_dict().items() if v.dtype == torch.float32}, f"{folder}/{rank}.pt")
 """
 
 
@@ -351,15 +342,7 @@ dist.destroy_process_group()
 def test_two_processes_move_like_one(tmp_path):
     from tests.routing.step_parts import parts, stream
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = os.getcwd()
-    script = tmp_path / "worker.py"
-    script.write_text(textwrap.dedent(WORKER).format(root=root, port=port, out=tmp_path))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    workers = [subprocess.Popen([sys.executable, script, str(rank)], env=environment) for rank in range(2)]
-    assert [worker.wait(120) for worker in workers] == [0, 0]
+    run_two_processes(WORKER, tmp_path)
     model = parts()
     track(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +13,7 @@ from moe_kit.depth import set_budget
 from moe_kit.routing.frozen import frozen_parameters
 from tests.tiny import batch_of, tiny_llama, wake_banks
 from tests.tolerances import assert_close
+from tests.users.trainers import trl_trainer
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 # beside the presets, the parts that a configuration can add to them
@@ -27,7 +27,7 @@ ROUTED = {
     "mixture_of_lora/shared": {"router_sharing": "block"},
 }
 STATIC = {"skip_layers": [1], "layers": [1, 2]}
-DEPTH = {"dr_llm": {}, "first": {}, "informed": {}, "flexi": {}, "static/named": STATIC}
+DEPTH = {"dr_llm": {}, "first": {}, "informed": {}, "flexi": {}, "mod": {}, "random": {}, "static/named": STATIC}
 
 
 def routed_config(case="mixture_of_lora", **overrides):
@@ -101,17 +101,12 @@ def test_layers_that_are_skipped_now_are_skipped_by_the_reference():
 
 
 @pytest.mark.parametrize("case", ["loss_free", "flylora", "remoe", "expert_choice/ema", "mixture_of_lora"])
-def test_dpo_starts_at_its_reference_which_stays(case, tmp_path, tokenizer):
-    from trl import DPOConfig, DPOTrainer
-
+def test_dpo_starts_at_its_reference_which_stays(case, tmp_path):
     # without auxiliary losses the first loss of DPO is log 2
     model = wake(get_peft_model(tiny_llama(), routed_config(case, losses={})))
     model.save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter", is_trainable=True)
-    rows = [{"prompt": f"w{2 + i} w3", "chosen": "w4 w5 w9", "rejected": "w6 w7"} for i in range(4)]
-    settings = dict(report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, logging_steps=1)
-    arguments = DPOConfig(str(tmp_path), **settings, max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2)
-    trainer = DPOTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = trl_trainer("DPO", model, tmp_path, max_steps=3, gradient_checkpointing=True)
     before = {name: value.clone() for name, value in model.state_dict().items() if "moe_adapter" in name}
     trainer.train()
     first = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -124,17 +119,6 @@ def test_dpo_starts_at_its_reference_which_stays(case, tmp_path, tokenizer):
     assert [name for name in moved if name.endswith(".default.B")]
     if case != "mixture_of_lora":
         assert [name for name in moved if "stepper" in name or "select" in name], "the policy's state moves"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 61)}}
-    inner = Tokenizer(models.WordLevel(words, unk_token="w60"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="w60")
 
 
 @pytest.mark.parametrize("case", ["loss_free", "flylora", "remoe", "expert_choice/ema", "mixture_of_lora/two_stage"])

@@ -1,10 +1,6 @@
 """Balance biases, thresholds and controllers move by the passes that train, and by nothing else."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from moe_kit import RoutedAdapterConfig, RoutedTrainer, Router, RoutingError, ro
 from moe_kit.routing import policy_gradient
 from moe_kit.routing.frozen import frozen_parameters
 from moe_kit.routing.step import step_states
+from tests.distributed.launch import run_two_processes
 from tests.tiny import batch_of, quiet_arguments, tiny_llama, wake_banks
 
 CASES = {
@@ -330,17 +327,12 @@ def test_a_router_cannot_be_put_back_into_partitions():
 
 
 WORKER = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, {root!r})
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from tests.users.test_state_moves_with_training import SHARDED, train_rows, wrapped
 
-rank = int(sys.argv[1])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
-found = {{}}
+found = {}
 for case, overrides in SHARDED:
     model = wrapped(case, **overrides)
     for module in model.modules():
@@ -351,10 +343,9 @@ for case, overrides in SHARDED:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     train_rows(model, [(rank,), (2 + rank,)], parts=2)
-    found[case] = {{name: value.full_tensor().detach() for name, value in model.named_parameters()}}
+    found[case] = {name: value.full_tensor().detach() for name, value in model.named_parameters()}
 if rank == 0:
-    torch.save(found, {out!r})
-dist.destroy_process_group()
+    torch.save(found, f"{folder}/found.pt")
 """
 SHARDED = [
     ("loss_free", {"router_freeze_after": 2}),
@@ -376,15 +367,8 @@ def train_rows(model, passes, parts, steps=3):
 
 @pytest.mark.slow
 def test_sharded_state_moves_as_in_one_process(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script, out = tmp_path / "worker.py", str(tmp_path / "found.pt")
-    script.write_text(WORKER.format(root=os.getcwd(), port=port, out=out))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    workers = [subprocess.Popen([sys.executable, script, str(rank)], env=environment) for rank in range(2)]
-    assert [worker.wait(120) for worker in workers] == [0, 0]
-    found = torch.load(out)
+    run_two_processes(WORKER, tmp_path)
+    found = torch.load(tmp_path / "found.pt")
     for case, overrides in SHARDED:
         model = wrapped(case, **overrides)
         fresh = state(model)

@@ -10,9 +10,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from datasets import Dataset
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from moe_kit import ConfigError, LayerRoutingConfig, RoutedTrainer, routing_losses
 from moe_kit.hf.delivery import depends_on
@@ -28,7 +27,8 @@ from tests.users.trainers import (
     base_without_coefficient,
     catch,
     routed_model,
-    words_tokenizer,
+    tiny_classifier,
+    trl_trainer,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -302,99 +302,15 @@ class TestLayerRoutersWithoutATeacher:
         assert not idle
 
 
-SFT = dict(per_device_train_batch_size=4, shuffle_dataset=False, max_length=16)
-
-
-def sft(model, optimizer, folder, options=None, data=None, **overrides):
-    from trl import SFTConfig, SFTTrainer
-
-    data = Dataset.from_dict({"input_ids": [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14], [2, 3, 4], [15, 16, 17]]})
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(str(folder), **{**ONE_STEP, **SFT, **overrides}),
-        train_dataset=data,
-        processing_class=words_tokenizer(),
-        optimizers=(optimizer, None),
-        **(options or {}),
-    )
-    trainer.train()
-    return trainer
-
-
-def dpo(model, optimizer, folder, **overrides):
-    from trl import DPOConfig, DPOTrainer
-
-    pairs = [{"prompt": f"w{2 + i} w3", "chosen": "w4 w5 w9", "rejected": "w6 w7"} for i in range(2)]
-    arguments = DPOConfig(str(folder), **{**ONE_STEP, "per_device_train_batch_size": 2, **overrides})
-    trainer = DPOTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=words_tokenizer(),
-        optimizers=(optimizer, None),
-    )
-    trainer.train()
-    return trainer
-
-
-def kto(model, optimizer, folder, **overrides):
-    from trl import KTOConfig, KTOTrainer
-
-    data = [{"prompt": f"w{2 + i} w3", "completion": f"w{4 + i} w5", "label": i % 2 == 0} for i in range(4)]
-    arguments = KTOConfig(str(folder), **{**ONE_STEP, "per_device_train_batch_size": 4, **overrides})
-    trainer = KTOTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(data),
-        processing_class=words_tokenizer(),
-        optimizers=(optimizer, None),
-    )
-    trainer.train()
-    return trainer
-
-
-def longer_is_better(completions, **kwargs):
-    return [float(len(set(text.split()))) for text in completions]
-
-
-def group_relative(model, optimizer, folder, kind="GRPO", **overrides):
-    import trl
-
-    generation = dict(num_generations=4, max_completion_length=6, per_device_train_batch_size=4)
-    arguments = getattr(trl, f"{kind}Config")(str(folder), **{**ONE_STEP, **generation, **overrides})
-    trainer = getattr(trl, f"{kind}Trainer")(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": "w2 w3"}, {"prompt": "w4 w5"}]),
-        processing_class=words_tokenizer(),
-        reward_funcs=longer_is_better,
-        optimizers=(optimizer, None),
-    )
-    trainer.train()
-    return trainer
-
-
-def reward(model, optimizer, folder, **overrides):
-    from trl import RewardConfig, RewardTrainer
-
-    pairs = [{"chosen": f"w{2 + i} w4 w5 w9", "rejected": "w2 w6 w7"} for i in range(2)]
-    arguments = RewardConfig(str(folder), **{**ONE_STEP, "per_device_train_batch_size": 2, **overrides})
-    trainer = RewardTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=words_tokenizer(),
-        optimizers=(optimizer, None),
-    )
+def train_with_trl(model, optimizer, folder, name="SFT", options=None, **overrides):
+    options = dict(optimizers=(optimizer, None), **(options or {}))
+    trainer = trl_trainer(name, model, folder, options=options, **{**ONE_STEP, **overrides})
     trainer.train()
     return trainer
 
 
 def build_classifier(losses):
-    torch.manual_seed(1)
-    values = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    base = LlamaForSequenceClassification(LlamaConfig(**values, num_labels=1, pad_token_id=0, initializer_range=0.3))
-    return routed_model(base, losses=losses, target_modules=TARGETS, task_type="SEQ_CLS")
+    return routed_model(tiny_classifier(), losses=losses, target_modules=TARGETS, task_type="SEQ_CLS")
 
 
 SFT_LOSSES = {
@@ -411,31 +327,25 @@ SFT_LOSSES = {
 class TestTRL:
     @pytest.mark.parametrize("kind", SFT_LOSSES)
     def test_sft(self, tmp_path, kind):
-        assert_delivered(*auxiliary_part(sft, build, SWITCH, folder=tmp_path, **SFT_LOSSES[kind]))
+        assert_delivered(*auxiliary_part(train_with_trl, build, SWITCH, folder=tmp_path, **SFT_LOSSES[kind]))
 
     # a model without any auxiliary loss is no mixture of experts for TRL, which then refuses a coefficient
     TINY = {"switch": 1e-9}
 
-    @pytest.mark.parametrize("train", [sft, dpo, kto])
-    def test_a_coefficient_for_the_bases_own_routers_does_not_scale_ours(self, tmp_path, train):
-        part, wanted = auxiliary_part(
-            train, build, SWITCH, without=self.TINY, folder=tmp_path, router_aux_loss_coef=0.5
-        )
-        assert_delivered(part, wanted)
+    @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO"])
+    def test_a_coefficient_for_the_bases_own_routers_does_not_scale_ours(self, tmp_path, name):
+        options = dict(without=self.TINY, folder=tmp_path, name=name, router_aux_loss_coef=0.5)
+        assert_delivered(*auxiliary_part(train_with_trl, build, SWITCH, **options))
 
-    @pytest.mark.parametrize("train", [dpo, kto])
-    def test_preferences(self, tmp_path, train):
-        assert_delivered(*auxiliary_part(train, build, SWITCH, folder=tmp_path))
-
-    @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
-    def test_rewards_of_groups(self, tmp_path, kind):
-        assert_delivered(*auxiliary_part(group_relative, build, SWITCH, folder=tmp_path, kind=kind))
+    @pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "RLOO"])
+    def test_preferences_and_rewards(self, tmp_path, name):
+        assert_delivered(*auxiliary_part(train_with_trl, build, SWITCH, folder=tmp_path, name=name))
 
     def test_a_reward_model(self, tmp_path):
-        assert_delivered(*auxiliary_part(reward, build_classifier, SWITCH, folder=tmp_path))
+        assert_delivered(*auxiliary_part(train_with_trl, build_classifier, SWITCH, folder=tmp_path, name="Reward"))
 
     def test_the_log_has_them(self, tmp_path):
-        _, _, trainer = catch(sft, build, SWITCH, folder=tmp_path)
+        _, _, trainer = catch(train_with_trl, build, SWITCH, folder=tmp_path)
         assert trainer.state.log_history[0]["aux_loss"] >= 0.99 * COEFFICIENT
 
     def test_coefficients_of_a_mixture_of_experts(self, tmp_path):
@@ -452,7 +362,7 @@ class TestTRL:
             coefficient = {} if base is None else dict(router_aux_loss_coef=base)
             return routed_model(tiny_moe("Mixtral", **coefficient), losses=losses, target_modules=["q_proj"])
 
-        assert_delivered(*auxiliary_part(sft, mixtral, SWITCH, folder=folder, router_aux_loss_coef=trl))
+        assert_delivered(*auxiliary_part(train_with_trl, mixtral, SWITCH, folder=folder, router_aux_loss_coef=trl))
 
     @pytest.mark.parametrize(
         "family",
@@ -463,19 +373,19 @@ class TestTRL:
             target = NO_COEFFICIENT[family][0]
             return routed_model(base_without_coefficient(family), losses=losses, target_modules=[target])
 
-        assert_delivered(*auxiliary_part(sft, build_base, SWITCH, folder=tmp_path))
+        assert_delivered(*auxiliary_part(train_with_trl, build_base, SWITCH, folder=tmp_path))
 
 
 @pytest.mark.parametrize("train_mode", [True, False])
-@pytest.mark.parametrize("adapter", [True, False])
-def test_a_reference_pass_leaves_the_losses_of_the_training_pass(adapter, train_mode):
+@pytest.mark.parametrize(("adapter", "gradients"), [(True, False), (False, False), (False, True)])
+def test_a_reference_pass_leaves_the_losses_of_the_training_pass(adapter, gradients, train_mode):
     model = build(SWITCH).train()
     assert weighted_routing_loss(model).item() == 0.0
     model(**batch_of())
     expected, parts = weighted_routing_loss(model), routing_losses(model)
     assert expected > 0
     model.train(train_mode)
-    with torch.no_grad(), nullcontext() if adapter else model.disable_adapter():
+    with torch.set_grad_enabled(gradients), nullcontext() if adapter else model.disable_adapter():
         model(input_ids=torch.full((2, 5), 3))
     if not train_mode:
         assert routing_losses(model) == {}

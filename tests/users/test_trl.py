@@ -9,33 +9,28 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 
 from moe_kit import ConfigError, LayerRoutingConfig, RoutingError
-from tests.tiny import tiny_llama
-from tests.users.trainers import QUIET, routed_model, words_tokenizer
+from tests.tiny import tiny_llama, words_tokenizer
+from tests.users.trainers import QUIET, TEXTS, preferences, routed_model, tiny_classifier, trl_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-# presets whose whole function is in their parameters; the reference policy is a copy of these
-ROUTED = ["mixture_of_lora", "dense_lora_moe", "hydralora", "adamole", "mhr_mu", "mola"]
-# "informed" draws Gumbel noise in training, of its own in the reference; "dr_llm" has nothing to learn here
+# "remix" and task routers are refused below, and so is "dr_llm"; "informed" has a test of its own
+ROUTED = ["mixture_of_lora", "dense_lora_moe", "hydralora", "expert_choice", "loss_free", "adamole", "remoe", "flylora"]
+ROUTED += ["mhr_mu", "mola"]
 DEPTH = ["first", "flexi", "mod"]
-TEXTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14], [2, 3, 4], [15, 16, 17]]
-
-
-def tiny_classifier():
-    torch.manual_seed(1)
-    sizes = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2)
-    return LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=1, pad_token_id=0, initializer_range=0.3))
 
 
 def model_of(kind, preset, classifies=False):
     """An adapted tiny model that is awake, as if trained before; LoRA as the control."""
-    base = tiny_classifier() if classifies else tiny_llama(layers=4)
+    base = tiny_classifier(layers=4) if classifies else tiny_llama(layers=4)
     task = "SEQ_CLS" if classifies else "CAUSAL_LM"
     if kind == "routed":
-        return routed_model(base, preset, task_type=task)
+        # experts that choose tokens see later ones, in the policy and in its reference
+        leak = dict(causal_leak="allow") if preset == "expert_choice" else {}
+        return routed_model(base, preset, task_type=task, **leak)
     torch.manual_seed(5)
     config = (
         LayerRoutingConfig.from_preset(preset, task_type=task)
@@ -49,48 +44,6 @@ def model_of(kind, preset, classifies=False):
     return model.train()
 
 
-def preferences():
-    return [{"prompt": f"w{2 + i} w3", "chosen": "w4 w5 w9", "rejected": "w6 w7"} for i in range(4)]
-
-
-def judged():
-    return [{"prompt": f"w{2 + i} w3", "completion": f"w{4 + i} w5", "label": i % 2 == 0} for i in range(4)]
-
-
-def distinct_words(completions, **kwargs):
-    return [float(len(set(text.split()))) for text in completions]
-
-
-def trainer_of(name, model, folder, callbacks=(), data=None, **overrides):
-    """A trainer of TRL by its short name, with tiny data."""
-    import trl
-
-    datasets = {
-        "SFT": Dataset.from_dict({"input_ids": TEXTS}),
-        "DPO": Dataset.from_list(preferences()),
-        "KTO": Dataset.from_list(judged()),
-        "GRPO": Dataset.from_list([{"prompt": f"w{2 + i} w4"} for i in range(4)]),
-        "RLOO": Dataset.from_list([{"prompt": f"w{2 + i} w4"} for i in range(4)]),
-        "Reward": Dataset.from_list(
-            [{"chosen": f"w{2 + i} w4 w5 w9", "rejected": f"w{2 + i} w6 w7"} for i in range(4)]
-        ),
-    }
-    values = dict(QUIET, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, gradient_checkpointing=False)
-    values |= dict(lr_scheduler_type="constant")
-    options = {}
-    if name in ("GRPO", "RLOO"):
-        values |= dict(num_generations=4, max_completion_length=5, beta=0.1)
-        options["reward_funcs"] = distinct_words
-    return getattr(trl, f"{name}Trainer")(
-        model=model,
-        args=getattr(trl, f"{name}Config")(str(folder), **{**values, **overrides}),
-        train_dataset=datasets[name] if data is None else data,
-        processing_class=words_tokenizer(),
-        callbacks=list(callbacks),
-        **options,
-    )
-
-
 def learned(model, before):
     """Names of trainable parameters that moved, each of the active adapter."""
     return [n for n, p in model.named_parameters() if p.requires_grad and n in before and not torch.equal(p, before[n])]
@@ -98,7 +51,7 @@ def learned(model, before):
 
 def train(name, model, folder, **overrides):
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    trainer = trainer_of(name, model, folder, **overrides)
+    trainer = trl_trainer(name, model, folder, **overrides)
     trainer.train()
     return trainer, before
 
@@ -190,7 +143,9 @@ class TestSFT:
         assert losses[-1] < losses[0]
         assert learned(trainer.model, before)
 
-    @pytest.mark.parametrize(("kind", "preset"), [("lora", "lora"), ("routed", "mixture_of_lora"), ("depth", "mod")])
+    @pytest.mark.parametrize(
+        ("kind", "preset"), [("lora", "lora"), ("routed", "mixture_of_lora"), ("routed", "loss_free"), ("depth", "mod")]
+    )
     def test_checkpointing_changes_nothing(self, tmp_path, kind, preset):
         ends = [
             train("SFT", model_of(kind, preset), tmp_path, gradient_checkpointing=checkpointing)[0].model.state_dict()
@@ -218,6 +173,18 @@ class TestSFT:
         assert logs[0]["loss"] != logs[1]["loss"]
         # the balance is over all tokens either way
         assert logs[0]["aux_loss"] == pytest.approx(logs[1]["aux_loss"], rel=1e-5)
+
+    @pytest.mark.parametrize(
+        "trainer_name",
+        ["SFT", "DPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("KTO", "GRPO", "RLOO"))],
+    )
+    def test_layer_routers_with_noise(self, tmp_path, trainer_name):
+        """Each pass draws Gumbel noise of its own, the reference too: neither starts nor losses can be compared."""
+        trainer, before = train(trainer_name, model_of("depth", "informed"), tmp_path, max_steps=4)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 4
+        assert all(math.isfinite(loss) for loss in losses)
+        assert any("moe_depth_router" in name for name in learned(trainer.model, before))
 
     def test_accumulation_changes_little(self, tmp_path):
         """Dense routers without auxiliary losses: the split of a batch does not matter."""
@@ -286,14 +253,24 @@ class TestResume:
     )
     @pytest.mark.parametrize(
         ("kind", "preset"),
-        [("lora", "lora"), ("routed", "mixture_of_lora"), pytest.param("depth", "first", marks=pytest.mark.slow)],
+        [
+            ("lora", "lora"),
+            ("routed", "mixture_of_lora"),
+            *(pytest.param(*kind, marks=pytest.mark.slow) for kind in (("routed", "loss_free"), ("depth", "first"))),
+        ],
     )
     def test_a_resumed_run_ends_where_an_uninterrupted_one_does(self, tmp_path, trainer_name, kind, preset):
         options = dict(max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=2)
         classifies = trainer_name == "Reward"
         whole, _ = train(trainer_name, model_of(kind, preset, classifies), tmp_path / "whole", **options)
-        train(trainer_name, model_of(kind, preset, classifies), tmp_path / "cut", callbacks=[Stop()], **options)
-        resumed = trainer_of(trainer_name, model_of(kind, preset, classifies), tmp_path / "cut", **options)
+        train(
+            trainer_name,
+            model_of(kind, preset, classifies),
+            tmp_path / "cut",
+            options=dict(callbacks=[Stop()]),
+            **options,
+        )
+        resumed = trl_trainer(trainer_name, model_of(kind, preset, classifies), tmp_path / "cut", **options)
         resumed.train(resume_from_checkpoint=True)
         assert resumed.state.global_step == 4
         ends = [trainer.model.state_dict() for trainer in (whole, resumed)]
@@ -304,8 +281,8 @@ class TestResume:
     def test_a_run_with_rewards_goes_on(self, tmp_path):
         """TRL draws other completions after a resume, with plain LoRA too, so the ends differ."""
         options = dict(max_steps=4, save_strategy="steps", save_steps=2)
-        train("GRPO", model_of("routed", "mixture_of_lora"), tmp_path, callbacks=[Stop()], **options)
-        resumed = trainer_of("GRPO", model_of("routed", "mixture_of_lora"), tmp_path, **options)
+        train("GRPO", model_of("routed", "mixture_of_lora"), tmp_path, options=dict(callbacks=[Stop()]), **options)
+        resumed = trl_trainer("GRPO", model_of("routed", "mixture_of_lora"), tmp_path, **options)
         resumed.train(resume_from_checkpoint=True)
         assert resumed.state.global_step == 4
         # the reference is saved with the adapter, so it is still that of the start

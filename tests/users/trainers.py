@@ -1,14 +1,14 @@
-"""What the trainer tests share: a tokenizer, arguments, caught gradients, and the gradient of the auxiliary losses alone."""
+"""What the trainer tests share: models, trainers of TRL, and the gradient of the auxiliary losses alone."""
 
 import torch
 import transformers
+from datasets import Dataset
 from peft import get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 from moe_kit.routing import weighted_routing_loss
-from tests.conformance.common import config, gradients, wake
-from tests.tiny import MOE_FAMILIES, tiny_llama
+from tests.conformance.common import Caught, config, gradients, wake
+from tests.tiny import MOE_FAMILIES, tiny_llama, words_tokenizer
 
 # large, so that the part of the auxiliary loss is no small difference of two float32 gradients
 COEFFICIENT = 8.0
@@ -51,14 +51,11 @@ def base_without_coefficient(family: str) -> PreTrainedModel:
     return model
 
 
-def words_tokenizer(size: int = 61) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words w2, w3, ..., one token each."""
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, size)}}
-    inner = Tokenizer(models.WordLevel(words, unk_token=f"w{size - 1}"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token=f"w{size - 1}"
-    )
+def tiny_classifier(layers=2):
+    """A random Llama that scores a text."""
+    torch.manual_seed(1)
+    sizes = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=layers)
+    return LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=1, pad_token_id=0, initializer_range=0.3))
 
 
 def routed_model(base=None, preset="mixture_of_lora", **overrides):
@@ -70,15 +67,41 @@ def routed_model(base=None, preset="mixture_of_lora", **overrides):
     return model.train()
 
 
-class Caught(torch.optim.SGD):
-    """Keeps the gradients of every step and moves nothing."""
+TEXTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14], [2, 3, 4], [15, 16, 17]]
 
-    def __init__(self, model):
-        self.model, self.caught = model, []
-        super().__init__([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
-    def step(self, closure=None):
-        self.caught.append(gradients(self.model))
+def preferences():
+    """Four prompts with a better and a worse answer."""
+    return [{"prompt": f"w{2 + i} w3", "chosen": "w4 w5 w9", "rejected": "w6 w7"} for i in range(4)]
+
+
+def distinct_words(completions, **kwargs):
+    """A reward for each completion."""
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def trl_trainer(name, model, folder, data=None, options=None, **overrides):
+    """A trainer of TRL by its short name, with tiny data; `options` are arguments of the trainer itself."""
+    import trl
+
+    judged = [{"prompt": f"w{2 + i} w3", "completion": f"w{4 + i} w5", "label": i % 2 == 0} for i in range(4)]
+    ranked = [{"chosen": f"w{2 + i} w4 w5 w9", "rejected": f"w{2 + i} w6 w7"} for i in range(4)]
+    prompts = [{"prompt": f"w{2 + i} w4"} for i in range(4)]
+    texts = [{"input_ids": text} for text in TEXTS]
+    datasets = {"SFT": texts, "DPO": preferences(), "KTO": judged, "GRPO": prompts, "RLOO": prompts, "Reward": ranked}
+    values = dict(QUIET, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, gradient_checkpointing=False)
+    values |= dict(lr_scheduler_type="constant")
+    options = options or {}
+    if name in ("GRPO", "RLOO"):
+        values |= dict(num_generations=4, max_completion_length=5, beta=0.1)
+        options = dict(reward_funcs=distinct_words, **options)
+    return getattr(trl, f"{name}Trainer")(
+        model=model,
+        args=getattr(trl, f"{name}Config")(str(folder), **{**values, **overrides}),
+        train_dataset=Dataset.from_list(datasets[name]) if data is None else data,
+        processing_class=words_tokenizer(),
+        **options,
+    )
 
 
 def catch(train, build, losses, **options):
