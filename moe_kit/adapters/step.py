@@ -138,10 +138,14 @@ class DecodeStep:
         batch, length, width = self.shape
         x_TD = x.reshape(-1, width).contiguous()
         if self.banks is not None and self.banks.take(ids_TK, weights_TK):
-            # to its own dtype a tensor is not copied
-            results = [result.float() for result in base_products(x_TD, self.weights, self.biases)]
-            self.banks.add(results, x_TD.float(), ids_TK, weights_TK, self.scale)
-            return [result.to(self.dtype).view(batch, length, -1) for result in results]
+            results = base_products(x_TD, self.weights, self.biases)
+            # a conversion that copies nothing is still a call of a few hundred nanoseconds for each linear
+            if self.dtype is not torch.float32:
+                results, x_TD = [result.float() for result in results], x_TD.float()
+            self.banks.add(results, x_TD, ids_TK, weights_TK, self.scale)
+            if self.dtype is not torch.float32:
+                results = [result.to(self.dtype) for result in results]
+            return [result.view(batch, length, -1) for result in results]
         results = decode_linears(
             x_TD,
             self.weights,

@@ -109,3 +109,37 @@ def test_all_functions_of_a_source_are_declared():
             line.split("(")[0].split()[-1] for line in text.splitlines() if " moe_kit_" in line and "(" in line[:60]
         }
         assert functions == set(native.takes)
+
+
+# ids and weights are made contiguous first, and the ids say how many weights there are
+STEPS = [(array, wrong) for array in ("x", "y") for wrong in WRONG]
+STEPS += [(array, wrong) for array in ("ids", "weights") for wrong in WRONG if wrong != "strides"]
+
+
+@pytest.mark.parametrize(("array", "wrong"), STEPS)
+def test_arrays_of_a_step(array, wrong, monkeypatch):
+    """Banks are checked once, the other arrays at each step."""
+    x, A, B, base, ids, weights = (t.detach() for t in make(1, 4, 2, 20, 33, 5, dtype=torch.float32))
+    banks = lora.DecodeBanks([A, A], [B, B])
+    given = {"ids": ids, "x": x, "weights": weights, "y": base}
+
+    def step(ids, x, weights, y):
+        banks.add([y, y], x, ids.view(1, -1), weights, 1.0)
+
+    step(**given)
+    monkeypatch.setattr(banks.function, "entry", lambda *_: pytest.fail("the library was called"))
+    refused = "weights" if array == "ids" and wrong.startswith("one number") else array
+    with pytest.raises(KernelError, match=rf"moe_kit_lora_table: .*\b{refused}\b"):
+        step(**given | {array: WRONG[wrong](given[array])})
+
+
+@pytest.mark.parametrize("place", range(2))
+@pytest.mark.parametrize("wrong", ["a wider dtype", "no memory", "a subclass"])
+def test_banks_of_a_step(place, wrong, monkeypatch):
+    x, A, B, base, ids, weights = (t.detach() for t in make(1, 4, 2, 20, 33, 5, dtype=torch.float32))
+    given = [A, B]
+    given[place] = WRONG[wrong](given[place])
+    banks = lora.DecodeBanks(given[:1], given[1:])
+    monkeypatch.setattr(banks.function, "entry", lambda *_: pytest.fail("the library was called"))
+    with pytest.raises(KernelError, match=rf"moe_kit_lora_table: .*\b{'AB'[place]}\b"):
+        banks.add([base], x, ids, weights, 1.0)

@@ -85,6 +85,26 @@ def is_watched() -> bool:
     )
 
 
+def fits(tensor: Tensor, dtype: torch.dtype, size: int) -> bool:
+    """Return True if a library can read a tensor's memory as an array.
+
+    Args:
+        tensor: any tensor.
+        dtype: dtype of the array.
+        size: numbers in the array.
+
+    Returns:
+        True for a contiguous tensor of that dtype and size on the CPU that is of no subclass.
+    """
+    return (
+        tensor.dtype is dtype
+        and tensor.numel() == size
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and type(tensor) in _PLAIN
+    )
+
+
 class Function:
     """One function of a library, and the border that everything handed to it passes.
 
@@ -141,17 +161,10 @@ class Function:
         tensors, numbers = arguments[:count], arguments[count:]
         expected = self.expected.get(numbers) or self._sizes(numbers)
         addresses: list[int | None] = []
-        # a few hundred nanoseconds an array: this runs for every linear of every decoded token
         for tensor, (dtype, size) in zip(tensors, expected, strict=True):
             if tensor is None:
                 addresses.append(None)
-            elif (
-                tensor.dtype is dtype
-                and tensor.numel() == size
-                and tensor.is_cpu
-                and tensor.is_contiguous()
-                and type(tensor) in _PLAIN
-            ):
+            elif fits(tensor, dtype, size):
                 addresses.append(tensor.data_ptr())
             else:
                 raise self._mismatch(tensors, expected)
